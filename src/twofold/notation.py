@@ -1,13 +1,14 @@
 """How a tie is written: text to exact linear equations, with a caret under whatever cannot be read.
 
-Two notations, one meaning. A tuple of groups, ``(Q, K=V)``, says which roles are equal; equations, ``V = Q - K; K = 1/2 Q``, say any
-linear relation. This module knows text only; what equations mean is :mod:`twofold.tie`'s business.
+Two notations, one meaning. A tuple of groups, ``(Q, K=V)``, says which roles are equal; equations, ``V = Q - K`` or
+``K = 1/2 Q``, say any linear relation. This module knows text only; what equations mean is :mod:`twofold.tie`'s business.
 """
 
 from __future__ import annotations
 
 import re
 from fractions import Fraction
+from itertools import pairwise
 from typing import NamedTuple, NoReturn
 
 from twofold.errors import TieError, TwofoldError
@@ -34,7 +35,9 @@ class _Token(NamedTuple):
     position: int
 
 
-_TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<role>[QKV])|(?P<sign>[-−+*/=;,()|])|(?P<space>\s+)")
+_TOKEN = re.compile(
+    r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<role>[QKV])|(?P<sign>[-−+*/=;,()|])|(?P<space>\s+)"
+)
 
 
 def read_tie(text: str) -> Reading:
@@ -64,7 +67,9 @@ class _Reader:
         # A caret points into one line: line breaks and tabs become blanks, one for one.
         self.text = re.sub(r"\s", " ", text)
         if len(text) > MAX_LENGTH:
-            raise TieError(f"A tie is at most {MAX_LENGTH} characters long; this text has {len(text)}.", self.text[:40] + " …", 40)
+            raise TieError(
+                f"A tie is at most {MAX_LENGTH} characters long; this text has {len(text)}.", self.text[:40] + " …", 40
+            )
         self.tokens = list(self._tokens())
         self.index = 0
         if self.token.kind == "end":
@@ -86,12 +91,16 @@ class _Reader:
     def _refuse_symbol(self, position: int) -> NoReturn:
         symbol = self.text[position]
         if symbol == "≠":
-            sentence = "A tie says what is equal, so ≠ has no place in it; write '(Q, K=V)' for 'K equals V, and Q does not'."
+            sentence = (
+                "A tie says what is equal, so ≠ has no place in it; write '(Q, K=V)' for 'K equals V, and Q does not'."
+            )
         elif symbol in "qkv":
             sentence = f"{symbol!r} is not a role; roles are written in capitals: {symbol.upper()}."
         else:
             word = re.match(r"[^\W\d_]+|.", self.text[position:])
-            sentence = f"{word.group() if word else symbol!r} is not known here; a tie is made of Q, K, V, numbers and + - * / = ; , ( )."
+            sentence = (
+                f"{word.group() if word else symbol!r} is not known here; use Q, K, V, numbers and + - * / = ; , ( )."
+            )
         raise TieError(sentence, self.text, position)
 
     # The state of the reader.
@@ -118,7 +127,9 @@ class _Reader:
         if self.token.kind == ")":
             self.fail("This closing bracket has no opening one; remove it.")
         if self.token.kind != "end":
-            self.fail(f"The tie is complete before {self.token.text!r}; remove what follows, or separate equations with ';'.")
+            self.fail(
+                f"The tie is complete before {self.token.text!r}; remove what follows, or separate equations with ';'."
+            )
 
     # tie := tuple ['+'] | equations
 
@@ -162,7 +173,9 @@ class _Reader:
             if self.token.kind == ")":
                 break
             if not self.accept(","):
-                self.fail(f"{self.token.text!r} does not belong in a tuple; separate groups with ',' and equal roles with '='.")
+                self.fail(
+                    f"{self.token.text!r} does not belong in a tuple; separate groups with ',' and equal roles with '='."
+                )
         if missing := [role for role in ROLES if role not in seen]:
             self.fail(f"The tuple does not say where {' and '.join(missing)} stands; name each of Q, K and V once.")
         self.advance()
@@ -196,8 +209,10 @@ class _Reader:
         while self.accept("="):
             sides.append(self.sum())
         if len(sides) == 1:
-            self.fail(f"{self.token.text!r} does not belong in an equation here; write sums of Q, K and V, as in 'V = Q - 1/2 K'.")
-        return [_minus(left, right) for left, right in zip(sides, sides[1:], strict=False)]
+            self.fail(
+                f"{self.token.text!r} does not belong in an equation here; write sums of Q, K and V, as in 'V = Q - 1/2 K'."
+            )
+        return [_minus(left, right) for left, right in pairwise(sides)]
 
     def sum(self) -> Equation:
         total = self.term(self._sign(required=False))
@@ -226,7 +241,11 @@ class _Reader:
             self._check_size(coefficient, start.position)
             return _unit(role, sign * coefficient)
         if start.kind != "number":
-            self.fail(f"A term such as Q or 2K is wanted here, not {self.token.text!r}." if self.token.text else "The equation ends too early: a term such as Q or 2K is wanted here.")
+            self.fail(
+                f"A term such as Q or 2K is wanted here, not {self.token.text!r}."
+                if self.token.text
+                else "The equation ends too early: a term such as Q or 2K is wanted here."
+            )
         if coefficient:
             self.fail("A tie has no constant term: every number multiplies Q, K or V.", start.position)
         return _unit("Q", Fraction(0))
@@ -253,12 +272,17 @@ class _Reader:
         exponent = re.search(r"[eE]([+-]?[0-9]+)$", token.text)
         # Refused before the fraction is built: 1e999999999 would fill the memory.
         if exponent and (len(exponent[1]) > 4 or abs(int(exponent[1])) > 12):
-            self.fail(f"The number {token.text} is too large or too fine; a coefficient is a fraction of numbers up to a million.", token.position)
+            self.fail(
+                f"The number {token.text} is too large or too fine; a coefficient is a fraction of numbers up to a million.",
+                token.position,
+            )
         return Fraction(token.text)
 
     def _check_size(self, value: Fraction, position: int) -> None:
         if max(abs(value.numerator), value.denominator) > MAX_COEFFICIENT:
-            self.fail("This coefficient is too large or too fine; it must be a fraction of numbers up to a million.", position)
+            self.fail(
+                "This coefficient is too large or too fine; it must be a fraction of numbers up to a million.", position
+            )
 
 
 def _unit(role: str, coefficient: Fraction) -> Equation:

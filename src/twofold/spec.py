@@ -1,8 +1,8 @@
 """What is computed: the attention of one layer and the model around it, as plain values.
 
-A spec is the function and nothing else: how it is fitted is a :class:`~twofold.training.spec.TrainingSpec`, where it runs (backend, dtype,
-device) is decided by whoever calls it. Specs import no torch, compare with ``==``, and turn into JSON and back without loss, so a run,
-a checkpoint and a report can all hold one.
+A spec is the function and nothing else: how it is fitted is a :class:`~twofold.training.spec.TrainingSpec`, where it
+runs (backend, dtype, device) is decided by whoever calls it. Specs import no torch, compare with ``==``, and turn into
+JSON and back without loss, so a run, a checkpoint and a report can all hold one.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ LLAMA_BLOCK: Mapping[str, Any] = {"norm": "rmsnorm", "activation": "silu", "gate
 class AttentionSpec:
     """One attention layer: tie × heads × positions × normalisation × mask.
 
-    Logits are scaled by 1/√(head_dim + positions.key_extension_dim). ``window_tokens`` counts the keys a query may see, itself included;
-    0 means all of them. ``plus_channels`` is the number m of channels of the paper's 2-D positions, used where ``tie.plus`` is set.
+    Logits are scaled by 1/√(head_dim + positions.key_extension_dim). ``window_tokens`` counts the keys a query may see,
+    itself included; 0 means all of them. ``plus_channels`` is the number m of channels of the paper's 2-D positions,
+    used where ``tie.plus`` is set.
     """
 
     tie: Tie
@@ -51,9 +52,13 @@ class AttentionSpec:
         if self.window_tokens < 0:
             raise TwofoldError(f"window_tokens is {self.window_tokens}, but it counts tokens: use 0 for no window.")
         if self.tie.plus and self.causal:
-            raise TwofoldError(f"{self.tie} adds 2-D positions, which the paper defines for non-causal tasks only: drop the +.")
+            raise TwofoldError(
+                f"{self.tie} adds 2-D positions, which the paper defines for non-causal tasks only: drop the +."
+            )
         if self.tie.plus and (self.plus_channels < 2 or self.plus_channels % 2):
-            raise TwofoldError(f"plus_channels is {self.plus_channels}, but 2-D positions need an even number of channels, half a side.")
+            raise TwofoldError(
+                f"plus_channels is {self.plus_channels}, but 2-D positions need an even number, half for each side."
+            )
         self.positions.check(head_dim=self.head_dim, value_over_key=self.tie.value_over_key)
 
     @property
@@ -70,9 +75,10 @@ class AttentionSpec:
 class ModelSpec:
     """A transformer whose every layer attends through a tie.
 
-    ``tie`` names the tie of each layer (a :class:`TiePattern`, repeated over the layers; text is parsed), ``window_tokens`` its window in the
-    same way (0: none). The inputs are tokens (``vocab_size``), rows of floats (``feature_size``), or images (``image_size``, ``patch_size``,
-    ``num_channels``); a size of 0 means that the model has no such input. ``num_labels`` is used by the classification architectures.
+    ``tie`` names the tie of each layer (a :class:`TiePattern`, repeated over the layers; text is parsed),
+    ``window_tokens`` its window in the same way (0: none). The inputs are tokens (``vocab_size``), rows of floats
+    (``feature_size``), or images (``image_size``, ``patch_size``, ``num_channels``); a size of 0 means that the model has
+    no such input. ``num_labels`` is used by the classification architectures.
     """
 
     tie: TiePattern
@@ -112,7 +118,9 @@ class ModelSpec:
         _require_choice(self, architecture=Architecture, norm=Norm, activation=Activation)
         _require_positive(self, "hidden_size", "num_hidden_layers", "intermediate_size")
         if not 0 <= self.dropout < 1:
-            raise TwofoldError(f"dropout is {self.dropout}, but it is a probability: use a number from 0 up to, not including, 1.")
+            raise TwofoldError(
+                f"dropout is {self.dropout}, but it is a probability: use a number from 0 up to, not including, 1."
+            )
         if not self.window_tokens or self.num_hidden_layers % len(self.window_tokens):
             raise TwofoldError(
                 f"window_tokens names {len(self.window_tokens)} layers, which does not divide the model's {self.num_hidden_layers}."
@@ -126,11 +134,15 @@ class ModelSpec:
         if self.architecture == "image_classification":
             _require_positive(self, "image_size", "patch_size", "num_channels", "num_labels")
             if self.image_size % self.patch_size:
-                raise TwofoldError(f"Patches of {self.patch_size} pixels do not tile an image of {self.image_size} pixels.")
+                raise TwofoldError(
+                    f"Patches of {self.patch_size} pixels do not tile an image of {self.image_size} pixels."
+                )
         elif self.architecture == "token_classification":
             _require_positive(self, "num_labels")
             if (self.vocab_size > 0) == (self.feature_size > 0):
-                raise TwofoldError("A token classifier reads either tokens or features: set exactly one of vocab_size and feature_size.")
+                raise TwofoldError(
+                    "A token classifier reads either tokens or features: set exactly one of vocab_size and feature_size."
+                )
         else:
             _require_positive(self, "vocab_size")
             if not self.causal:
@@ -148,7 +160,9 @@ class ModelSpec:
         """The same model with some fields replaced; everything is checked again."""
         unknown = set(changes) - {f.name for f in fields(self)}
         if unknown:
-            raise TwofoldError(f"A model has no field {sorted(unknown)[0]!r}; its fields are {', '.join(f.name for f in fields(self))}.")
+            raise TwofoldError(
+                f"A model has no field {sorted(unknown)[0]!r}; its fields are {', '.join(f.name for f in fields(self))}."
+            )
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,8 +4,9 @@ Per token and head the three roles are linear in r ≤ 3 free projections of the
 
     [Q; K; V] = M · [P1 … Pr],    M ∈ Q^(3×r),
 
-and a *tie* is the set of homogeneous linear equations whose null space M spans. Everything else is read from M: the weights a layer
-needs, the tensors its cache must hold, whether its logits are symmetric, and how heads may be shared. All fractions are exact.
+and a *tie* is the set of homogeneous linear equations whose null space M spans. Everything else is read from M: the
+weights a layer needs, the tensors its cache must hold, whether its logits are symmetric, and how heads may be shared.
+All fractions are exact.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ __all__ = ["ROLES", "Tie", "TiePattern"]
 class Tie:
     """A tie, in the one form that all ties of the same space share.
 
-    ``matrix`` holds the rows of M in the order Q, K, V. A role is free if it does not depend on the roles before it; a free role's row is
-    a unit row, so the basis is unique and two ties are equal exactly when they describe the same space. ``plus`` adds the paper's 2-D
-    positions, which are no matter of algebra.
+    ``matrix`` holds the rows of M in the order Q, K, V. A role is free if it does not depend on the roles before it; a
+    free role's row is a unit row, so the basis is unique and two ties are equal exactly when they describe the same
+    space. ``plus`` adds the paper's 2-D positions, which are no matter of algebra.
 
     >>> tie = Tie.parse("(Q, K=V)")
     >>> tie.free_projections, tie.cached_tensors, tie.is_symmetric
@@ -48,19 +49,25 @@ class Tie:
     def __post_init__(self) -> None:
         q, k, v = _column_echelon(self.matrix)
         object.__setattr__(self, "matrix", (q, k, v))
-        free = [index for index, row in enumerate(self.matrix) if _rank(self.matrix[: index + 1]) > _rank(self.matrix[:index])]
+        free = [
+            index
+            for index, row in enumerate(self.matrix)
+            if _rank(self.matrix[: index + 1]) > _rank(self.matrix[:index])
+        ]
         object.__setattr__(self, "free_projections", tuple(ROLES[index] for index in free))
         for role, row in zip(ROLES, self.matrix, strict=True):
             if not any(row):
-                raise TwofoldError(f"These equations make {role} zero, and attention needs all three roles; change them.")
+                raise TwofoldError(
+                    f"These equations make {role} zero, and attention needs all three roles; change them."
+                )
         if any(abs(number) > MAX_COEFFICIENT for row in self.equations for number in row):
-            raise TwofoldError(f"Written with whole numbers, these equations need numbers beyond {MAX_COEFFICIENT}; use simpler fractions.")
+            raise TwofoldError(f"Written with whole numbers, these equations need numbers beyond {MAX_COEFFICIENT}.")
         if self.plus and not self._is_tuple:
             raise TwofoldError("The 2-D positions of '+' belong to tuples such as (Q=K, V)+, not to other equations.")
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a tuple such as ``(Q, K=V)`` or equations such as ``V = Q - K``. Raises TieError with a caret under what is wrong."""
+        """Read ``(Q, K=V)`` or ``V = Q - K``. Raises TieError with a caret under what is wrong."""
         return cls._from_reading(read_tie(text), text)
 
     @classmethod
@@ -126,13 +133,18 @@ class Tie:
 
     @property
     def needs_equal_heads(self) -> bool:
-        """Whether Q takes part in a relation: then all queries of a group would be one, so KV heads cannot be fewer than query heads."""
+        """Whether Q takes part in a relation.
+
+        Then all queries of a group would be one, so KV heads cannot be fewer than query heads.
+        """
         return any(equation[0] for equation in self.equations)
 
     def check_heads(self, num_attention_heads: int, num_key_value_heads: int) -> None:
         """Raise TwofoldError unless a layer with this tie can have so many heads."""
         if num_key_value_heads < 1 or num_attention_heads % num_key_value_heads:
-            raise TwofoldError(f"{num_key_value_heads} KV heads do not divide {num_attention_heads} query heads into equal groups.")
+            raise TwofoldError(
+                f"{num_key_value_heads} KV heads do not divide {num_attention_heads} query heads into equal groups."
+            )
         if self.needs_equal_heads and num_attention_heads != num_key_value_heads:
             raise TwofoldError(
                 f"{self} relates Q to K or V, so all queries of a group would be one: it needs as many KV heads as query heads "
@@ -192,7 +204,9 @@ class TiePattern:
     def check_layers(self, num_hidden_layers: int) -> None:
         """Raise TwofoldError unless the period divides the number of layers."""
         if num_hidden_layers % len(self.ties):
-            raise TwofoldError(f"{self} names {len(self.ties)} layers, which does not divide the model's {num_hidden_layers}.")
+            raise TwofoldError(
+                f"{self} names {len(self.ties)} layers, which does not divide the model's {num_hidden_layers}."
+            )
 
     def __str__(self) -> str:
         parts = []
@@ -212,7 +226,8 @@ def _null_space(equations: Sequence[Sequence[Rational | int]]) -> tuple[Row, Row
     pivots = {next(index for index, number in enumerate(row) if number): row for row in reduced}
     free = [index for index in range(3) if index not in pivots]
     q, k, v = (
-        tuple(-pivots[index][column] if index in pivots else Fraction(int(index == column)) for column in free) for index in range(3)
+        tuple(-pivots[index][column] if index in pivots else Fraction(int(index == column)) for column in free)
+        for index in range(3)
     )
     return q, k, v
 
