@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class TwofoldError(Exception):
     """A user's mistake, told in one sentence: what was wrong, where, and what to do."""
@@ -17,4 +19,6 @@ class TieError(TwofoldError, ValueError):
         self.sentence = sentence
         self.text = text
         self.position = position
-        super().__init__(f"{sentence}\n  {text}\n  {' ' * position}^")
+        # The caret points into one line: line breaks and tabs are shown as blanks, one for one.
+        shown = re.sub(r"\s", " ", text)
+        super().__init__(f"{sentence}\n  {shown}\n  {' ' * position}^")

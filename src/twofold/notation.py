@@ -64,8 +64,7 @@ class _Reader:
     def __init__(self, text: str) -> None:
         if not isinstance(text, str):
             raise TwofoldError(f"A tie is written as text, such as '(Q, K=V)', not as {type(text).__name__}.")
-        # A caret points into one line: line breaks and tabs become blanks, one for one.
-        self.text = re.sub(r"\s", " ", text)
+        self.text = text
         if len(text) > MAX_LENGTH:
             raise TieError(
                 f"A tie is at most {MAX_LENGTH} characters long; this text has {len(text)}.", self.text[:40] + " …", 40

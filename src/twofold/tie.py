@@ -72,10 +72,13 @@ class Tie:
 
     @classmethod
     def _from_reading(cls, reading: Reading, text: str) -> Self:
+        matrix = _null_space(reading.equations)
         try:
-            return cls(_null_space(reading.equations), reading.plus)
+            return cls(matrix, reading.plus)
         except TwofoldError as error:
-            raise TieError(str(error), text, reading.position) from None
+            zero = [role for role, row in zip(ROLES, matrix, strict=True) if not any(row)]
+            position = text.index(zero[0], reading.position) if zero else reading.position
+            raise TieError(str(error), text, position) from None
 
     @classmethod
     def from_equations(cls, rows: Sequence[Sequence[Rational | int]]) -> Self:
