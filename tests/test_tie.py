@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,3 +332,17 @@ def test_the_checks_can_fail():
     assert not np.allclose(attention(query, key, value), attention(query, key, key), atol=1e-3)
     assert Tie.parse("V = Q - K").value_over_key is None
     assert set(ROLES) == {"Q", "K", "V"}
+
+
+def test_the_table_of_the_documentation_is_true():
+    page = (Path(__file__).parent.parent / "docs" / "notation.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
+    ]
+    assert len(rows) >= 8
+    for text, free, cached, symmetric, heads in rows:
+        tie = Tie.parse(text.strip("`"))
+        assert str(tie) == text.strip("`")
+        assert (", ".join(tie.free_projections), str(tie.cached_tensors)) == (free, cached)
+        assert symmetric == ("yes" if tie.is_symmetric else "no")
+        assert heads == ("as many as query heads" if tie.needs_equal_heads else "any")
