@@ -1,0 +1,197 @@
+"""What a model costs, counted from its spec alone: parameters, cached floats and bytes, floating-point operations.
+
+Every count is exact and agrees with the thing itself: ``parameters(spec)`` with the sum of ``p.numel()`` over the real model,
+``cache_bytes(spec, ...)`` with the bytes that the real cache holds. Letters: C hidden_size, H query heads, G KV heads, D head_dim,
+R free projections, S keys; d_r is the length of a shared rotary key (``positions.key_extension_dim``), 0 elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+
+from twofold.errors import TwofoldError
+from twofold.positions import RelativeBiasPositions
+from twofold.spec import AttentionSpec, ModelSpec
+
+DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1})
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one float. Raises TwofoldError for a dtype that is not in :data:`DTYPE_BYTES`."""
+    if dtype not in DTYPE_BYTES:
+        raise TwofoldError(f"The dtype {dtype!r} is not known: use one of {', '.join(DTYPE_BYTES)}.")
+    return DTYPE_BYTES[dtype]
+
+
+# Parameters
+
+
+def attention_parameters(spec: AttentionSpec) -> int:
+    """Learned numbers of one attention layer.
+
+    C·D for each head of each free projection (H heads of Q, G of K and V) and H·D·C for the output, each with its bias where
+    ``use_bias``; to which come what the scheme of positions learns (shared rotary: a query part of d_r per head and one key part;
+    relative bias: buckets × H), the 2 scales of D of QK-norm, and the m weights and one bias of the 2-D positions of ``+``.
+    """
+    matrices = _attention_matrices(spec)
+    biases = sum(columns for _, columns in matrices) if spec.use_bias else 0
+    return sum(rows * columns for rows, columns in matrices) + biases + _attention_vectors(spec)
+
+
+def _attention_matrices(spec: AttentionSpec) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every linear map of the layer."""
+    width, extension = spec.hidden_size, spec.positions.key_extension_dim
+    matrices = [(width, spec.heads_of(role) * spec.head_dim) for role in spec.tie.free_projections]
+    if extension:
+        matrices += [(width, spec.num_attention_heads * extension), (width, extension)]
+    return [*matrices, (spec.num_attention_heads * spec.head_dim, width)]
+
+
+def _attention_vectors(spec: AttentionSpec) -> int:
+    """Learned numbers of the layer that are not part of a linear map."""
+    numbers = 2 * spec.head_dim if spec.qk_norm else 0
+    if spec.tie.plus:
+        numbers += spec.plus_channels + 1
+    if isinstance(spec.positions, RelativeBiasPositions):
+        numbers += spec.positions.num_buckets * spec.num_attention_heads
+    return numbers
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Learned numbers of the whole model, a matrix that is used twice (``tie_word_embeddings``) counted once.
+
+    Per layer: attention, two norms, and the MLP's 2 (gated: 3) matrices of C × intermediate_size; around them the embedding of the
+    input, learned positions, the class token of an image classifier, the last norm, and the head.
+    """
+    norm = spec.hidden_size * (2 if spec.norm == "layernorm" else 1)
+    layers = sum(attention_parameters(attention) + 2 * norm for attention in _layers(spec))
+    matrices = _mlp_matrices(spec)
+    mlp = sum(rows * columns + (columns if spec.use_bias else 0) for rows, columns in matrices)
+    return layers + spec.num_hidden_layers * mlp + norm + _embedding_parameters(spec) + _head_parameters(spec)
+
+
+def _layers(spec: ModelSpec) -> Iterator[AttentionSpec]:
+    return (spec.attention(index) for index in range(spec.num_hidden_layers))
+
+
+def _mlp_matrices(spec: ModelSpec) -> list[tuple[int, int]]:
+    inner = (spec.hidden_size, spec.intermediate_size)
+    return [inner] * (2 if spec.gated_mlp else 1) + [inner[::-1]]
+
+
+def _embedding_parameters(spec: ModelSpec) -> int:
+    numbers = spec.positions.max_positions * spec.hidden_size + spec.vocab_size * spec.hidden_size
+    if spec.feature_size:
+        numbers += (spec.feature_size + 1) * spec.hidden_size
+    if spec.architecture == "image_classification":
+        numbers += (spec.num_channels * spec.patch_size**2 + 1) * spec.hidden_size + spec.hidden_size
+    return numbers
+
+
+def _head_parameters(spec: ModelSpec) -> int:
+    if spec.architecture != "causal_lm":
+        return (spec.hidden_size + 1) * spec.num_labels
+    return 0 if spec.tie_word_embeddings else spec.hidden_size * spec.vocab_size
+
+
+# The cache
+
+
+def cached_floats_per_layer(spec: AttentionSpec) -> int:
+    """Floats that decoding keeps per token in one layer: (rank of the K and V rows)·G·D + d_r."""
+    return spec.tie.cached_tensors * spec.num_key_value_heads * spec.head_dim + spec.positions.key_extension_dim
+
+
+def cached_floats_per_token(spec: ModelSpec) -> int:
+    """Floats that decoding keeps per token over all layers. For a model that is not causal: what it would keep if it were."""
+    return sum(cached_floats_per_layer(attention) for attention in _layers(spec))
+
+
+def cached_bytes_per_token(spec: ModelSpec, dtype: str = "bf16") -> int:
+    """:func:`cached_floats_per_token` in bytes. Raises TwofoldError for an unknown dtype."""
+    return cached_floats_per_token(spec) * dtype_bytes(dtype)
+
+
+def cache_bytes(spec: ModelSpec, tokens: int, dtype: str = "bf16", batch: int = 1) -> int:
+    """Bytes of the cache of ``batch`` sequences of ``tokens`` each; a layer with a window keeps no more tokens than it may see."""
+    if tokens < 0 or batch < 1:
+        raise TwofoldError(f"A cache holds 0 or more tokens of at least 1 sequence, not {tokens} of {batch}.")
+    floats = sum(cached_floats_per_layer(attention) * _visible(attention, tokens) for attention in _layers(spec))
+    return batch * floats * dtype_bytes(dtype)
+
+
+def _visible(spec: AttentionSpec, tokens: int) -> int:
+    return min(tokens, spec.window_tokens) if spec.window_tokens else tokens
+
+
+# Floating-point operations
+
+
+def training_flops_per_token(spec: ModelSpec, context: int) -> float:
+    """Operations of one training step per token, in sequences of ``context`` tokens.
+
+    6 for each weight of each linear map (2 forward, 4 backward), and 6·H·(2D + d_r) for each key a query sees; on average a
+    causal layer sees (context + 1) / 2 keys, one with a window of w min(i, w) at position i. Sums without weights (norms, softmax, the
+    combination of projections into a derived role) are not counted.
+    """
+    _require_context(context)
+    weights = sum(rows * columns for rows, columns in _matrices(spec)) + _head_weights_per_token(spec, context)
+    return 3.0 * (2 * weights + _attention_flops(spec, lambda attention: _mean_visible(attention, context)))
+
+
+def decode_flops_per_token(spec: ModelSpec, context: int) -> float:
+    """Operations to produce the token at position ``context`` (counted from 1) from a cache of all tokens before it.
+
+    2 for each weight of each linear map and 2·H·(2D + d_r) for each key in sight. Raises TwofoldError for a model that is not causal.
+    """
+    _require_context(context)
+    if not spec.causal:
+        raise TwofoldError("Only a causal model decodes token by token; this one is not causal.")
+    weights = sum(rows * columns for rows, columns in _matrices(spec)) + _head_weights_per_token(spec, 1)
+    return 2.0 * weights + _attention_flops(spec, lambda attention: _visible(attention, context))
+
+
+def _matrices(spec: ModelSpec) -> Iterator[tuple[int, int]]:
+    """Every linear map that each token passes, the head left out; looking up an embedding is not a product."""
+    for attention in _layers(spec):
+        yield from _attention_matrices(attention)
+        yield from _mlp_matrices(spec)
+    if spec.feature_size:
+        yield spec.feature_size, spec.hidden_size
+    if spec.architecture == "image_classification":
+        yield spec.num_channels * spec.patch_size**2, spec.hidden_size
+
+
+def _head_weights_per_token(spec: ModelSpec, context: int) -> float:
+    """The head's weights; an image classifier reads one token of each image."""
+    if spec.architecture == "image_classification":
+        return spec.hidden_size * spec.num_labels / context
+    return spec.hidden_size * (spec.num_labels if spec.architecture == "token_classification" else spec.vocab_size)
+
+
+def _attention_flops(spec: ModelSpec, keys: Callable[[AttentionSpec], float]) -> float:
+    """Products of queries with keys and of weights with values, forward, per token."""
+    return sum(
+        2.0 * layer.num_attention_heads * (2 * layer.head_dim + layer.positions.key_extension_dim) * keys(layer)
+        for layer in _layers(spec)
+    )
+
+
+def _mean_visible(spec: AttentionSpec, context: int) -> float:
+    """Keys in sight, averaged over the positions of a sequence."""
+    if spec.causal:
+        window = _visible(spec, context)
+        return (window * (window + 1) / 2 + (context - window) * window) / context
+    if not spec.window_tokens:
+        return float(context)
+    return sum(_visible_both_ways(position, spec.window_tokens, context) for position in range(context)) / context
+
+
+def _visible_both_ways(position: int, window: int, context: int) -> int:
+    return min(position + window, context) - max(position - window + 1, 0)
+
+
+def _require_context(context: int) -> None:
+    if context < 1:
+        raise TwofoldError(f"context is {context}, but it counts tokens: use at least 1.")
