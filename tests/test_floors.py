@@ -19,7 +19,7 @@ FLOORS = [
     ("positions",),
     ("spec",),
     ("cost", "presets"),
-    ("explain",),
+    ("explain", "picture"),
     ("kernels",),
     ("attention", "layouts"),
     ("cache",),
