@@ -1,0 +1,170 @@
+"""study.json: the plan, what it expands to, and where and with what it was begun. Written once per change, read by all; no torch.
+
+A run is kept once per task and variant, because its seeds differ in nothing else:
+
+    {"format": 1, "plan": {...}, "plan_hash": ..., "code_hash": ..., "provenance": {...},
+     "tasks": {name: TaskFacts}, "entries": [{"task", "variant", "run": RunSpec without its seed, "fingerprints": {seed: ...}, ...}]}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from twofold.errors import TwofoldError
+from twofold.study.plan import StudyPlan
+from twofold.training.spec import RunSpec
+
+FORMAT = 1
+FILE_NAME = "study.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskFacts:
+    """What a report must know of a task without loading it.
+
+    ``loss_metric`` is the metric of the central figure (lower is better), ``score`` the headline metric, of which ``higher_is_better``
+    speaks. ``group`` is the task's name in the plan and ``points`` what its grid made of it (axis name -> point name; empty without a
+    grid). ``data_hash`` is the SHA-256 of the data, training and held-out.
+    """
+
+    title: str
+    description: str
+    loss_metric: str
+    score: str
+    higher_is_better: bool
+    group: str
+    points: Mapping[str, str]
+    train_size: int
+    tokens_per_example: int
+    data_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A variant on a task: everything but the seed. ``run`` is a RunSpec's dict without its seed."""
+
+    task: str
+    variant: str
+    label: str
+    tie: str
+    kind: str
+    note: str
+    parameters: int
+    cached_floats_per_token: int
+    cached_bytes_per_token: int
+    data_hash: str
+    run: Mapping[str, Any]
+    fingerprints: Mapping[int, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One training run of a study."""
+
+    entry: Entry
+    seed: int
+
+    @property
+    def path(self) -> str:
+        """Its folder, relative to the study's, with forward slashes; also the name by which it is spoken of."""
+        return f"{self.entry.task}/{self.entry.variant}/seed-{self.seed}"
+
+    @property
+    def fingerprint(self) -> str:
+        """The RunSpec's fingerprint."""
+        return self.entry.fingerprints[self.seed]
+
+    @property
+    def run(self) -> RunSpec:
+        """The whole run as a value."""
+        return RunSpec.from_dict({**self.entry.run, "seed": self.seed})
+
+    def folder(self, study_folder: Path) -> Path:
+        """Where the run's files are."""
+        return study_folder / "runs" / self.path
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecord:
+    """The content of study.json."""
+
+    plan: StudyPlan
+    code_hash: str
+    provenance: Mapping[str, Any]
+    tasks: Mapping[str, TaskFacts]
+    entries: tuple[Entry, ...] = field(repr=False)
+
+    @property
+    def runs(self) -> Iterator[PlannedRun]:
+        """All planned runs: seed by seed, and within a seed task by task, so that early results compare all variants."""
+        for seed in self.plan.seeds:
+            for entry in self.entries:
+                yield PlannedRun(entry=entry, seed=seed)
+
+    def write(self, folder: Path) -> None:
+        """Write study.json, whole or not at all."""
+        values = {
+            "format": FORMAT,
+            "plan": self.plan.to_dict(),
+            "plan_hash": self.plan.plan_hash,
+            "code_hash": self.code_hash,
+            "provenance": dict(self.provenance),
+            "tasks": {name: asdict(facts) for name, facts in self.tasks.items()},
+            "entries": [asdict(entry) for entry in self.entries],
+        }
+        write_json(folder / FILE_NAME, values)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read study.json. Raises TwofoldError where there is none or it cannot be read."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise TwofoldError(
+                f"{folder} holds no {FILE_NAME}, so it is no study folder: name one that `twofold study run` wrote."
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise TwofoldError(
+                    f"{path} is of format {values['format']}, and this version reads format {FORMAT}: begin again in a new folder."
+                )
+            return cls(
+                plan=StudyPlan.model_validate(values["plan"]),
+                code_hash=values["code_hash"],
+                provenance=values["provenance"],
+                tasks={name: TaskFacts(**facts) for name, facts in values["tasks"].items()},
+                entries=tuple(_entry(entry) for entry in values["entries"]),
+            )
+        except (ValueError, LookupError, TypeError, OSError) as error:
+            raise TwofoldError(
+                f"{path} cannot be read ({' '.join(str(error).split())}): begin again in a new folder."
+            ) from None
+
+
+def _entry(values: Mapping[str, Any]) -> Entry:
+    seeds = {int(seed): fingerprint for seed, fingerprint in values["fingerprints"].items()}
+    return Entry(**{**values, "fingerprints": seeds})
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file so that a reader, or a kill, never meets half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is no such file or it is no whole JSON."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return values

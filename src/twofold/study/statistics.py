@@ -1,0 +1,142 @@
+"""Intervals, paired differences and frontiers: what may be said of a handful of seeds.
+
+Seeds are few, so the interval to show is Student's t, which pays for estimating the spread from n values; a percentile bootstrap of
+three values is too narrow (a test measures both coverages). Nothing here knows of files or torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+MAX_EXACT_RESAMPLES = 5000
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A mean with its interval over ``n`` seeds; ``low`` and ``high`` are NaN where n < 2. ``method`` says how it was made, to be printed."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    method: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """The mean of a - b over the ``n`` seeds that both hold.
+
+    ``low`` and ``high`` are the paired t interval, the one to show; the bootstrap stands beside it. All four are NaN where n < 2.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    method: str
+    bootstrap_low: float
+    bootstrap_high: float
+    bootstrap_method: str
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the shown interval lies on one side of 0; False where there is no interval."""
+        return self.low > 0 or self.high < 0
+
+
+def interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """The mean of ``values`` with its t interval: mean ± t(n-1)·s/√n, s being the sample's standard deviation.
+
+    Values that are not finite are an error of the caller: a run that diverged has no place in a mean.
+    Source: Student, "The probable error of a mean", 1908.
+    """
+    numbers = np.asarray(list(values), dtype=np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError("An interval needs finite values: leave out runs that failed and say so.")
+    n = len(numbers)
+    percent = f"{confidence:.0%}"
+    if n < 2:
+        mean = float(numbers[0]) if n else math.nan
+        return Interval(mean=mean, low=math.nan, high=math.nan, n=n, method=f"no interval: {n} seed{'s' * (n != 1)}")
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * numbers.std(ddof=1) / math.sqrt(n))
+    mean = float(numbers.mean())
+    return Interval(mean=mean, low=mean - half, high=mean + half, n=n, method=f"{percent} t interval over {n} seeds")
+
+
+def paired_difference(
+    a_by_seed: Mapping[int, float], b_by_seed: Mapping[int, float], *, confidence: float = 0.95
+) -> PairedDifference:
+    """The mean of a - b over the seeds that both hold, with the paired t and the percentile bootstrap interval.
+
+    Runs that share a seed share initial tensors and data order, so their difference varies less than either.
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13, for the percentile interval.
+    """
+    seeds = sorted(set(a_by_seed) & set(b_by_seed))
+    differences = np.array([a_by_seed[seed] - b_by_seed[seed] for seed in seeds], dtype=np.float64)
+    shown = interval(list(differences), confidence=confidence)
+    if len(seeds) < 2:
+        low = high = math.nan
+        bootstrap_method = shown.method
+    else:
+        draws, how = _resamples(len(seeds))
+        means = differences[draws].mean(axis=1)
+        low, high = (float(np.quantile(means, share)) for share in ((1 - confidence) / 2, (1 + confidence) / 2))
+        bootstrap_method = f"{confidence:.0%} percentile bootstrap over {len(seeds)} paired seeds, {how}"
+    method = shown.method.replace("t interval over", "paired t interval over")
+    return PairedDifference(
+        mean=shown.mean, low=shown.low, high=shown.high, n=shown.n, method=method,
+        bootstrap_low=low, bootstrap_high=high, bootstrap_method=bootstrap_method,
+    )  # fmt: skip
+
+
+def pareto_front(points: Mapping[str, tuple[float, float]], *, higher_is_better: bool = False) -> list[str]:
+    """Names of the points (cost, value) that no other point beats, in order of cost.
+
+    A point is beaten by one that is no worse in both and better in one; points that are equal in both stand or fall together.
+    """
+    sign = -1.0 if higher_is_better else 1.0
+    ordered = sorted((cost, sign * value, name) for name, (cost, value) in points.items() if math.isfinite(value))
+    front: list[str] = []
+    best, best_cost = math.inf, math.nan
+    for cost, loss, name in ordered:
+        if loss < best or (loss == best and cost == best_cost):
+            front.append(name)
+            best, best_cost = loss, cost
+    return front
+
+
+def front_frequency(
+    values: Mapping[str, Mapping[int, float]], costs: Mapping[str, float], *, higher_is_better: bool = False
+) -> dict[str, float]:
+    """The share of bootstrap resamples over seeds in which each variant's mean is on the Pareto front.
+
+    Each resample draws seeds, the same for all variants, from those that every variant holds. NaN for all where these are fewer
+    than 2, because one seed says nothing about chance.
+    """
+    names = list(values)
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in values.values()))) if names else []
+    if len(shared) < 2:
+        return dict.fromkeys(names, math.nan)
+    table = np.array([[values[name][seed] for seed in shared] for name in names], dtype=np.float64)
+    draws, _ = _resamples(len(shared))
+    counts = dict.fromkeys(names, 0)
+    for means in table[:, draws].mean(axis=2).T:
+        points = {name: (costs[name], float(mean)) for name, mean in zip(names, means, strict=True)}
+        for name in pareto_front(points, higher_is_better=higher_is_better):
+            counts[name] += 1
+    return {name: count / len(draws) for name, count in counts.items()}
+
+
+def _resamples(n: int) -> tuple[NDArray[np.int64], str]:
+    """Indices [resamples, n] of draws with replacement: all n^n of them where that is few, else a fixed random sample."""
+    if n**n <= MAX_EXACT_RESAMPLES:
+        return np.array(list(product(range(n), repeat=n)), dtype=np.int64), f"all {n**n} resamples"
+    return np.random.default_rng(0).integers(0, n, size=(RESAMPLES, n)), f"{RESAMPLES} resamples"
