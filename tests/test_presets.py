@@ -38,7 +38,7 @@ def test_the_papers_prefix_may_be_left_out(name, whole):
 
 @pytest.mark.parametrize("name", ["", "300M", "large", "paper-"])
 def test_an_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(TwofoldError, match="paper-300m, paper-1.2b, small, tiny"):
+    with pytest.raises(TwofoldError, match=r"paper-300m, paper-1\.2b, small, tiny"):
         preset(name)
 
 
