@@ -1,0 +1,111 @@
+"""The pre-norm block, x + attention(norm(x)) then x + MLP(norm(x)), and the stack of them that all three architectures share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from twofold.attention import Attention
+from twofold.cache import LayerView
+from twofold.models.sequence import Sequence
+from twofold.spec import ModelSpec
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+def dropout(probability: float) -> nn.Module:
+    """Dropout, or nothing at all: even a probability of 0 would cost a pass over the tensor."""
+    return nn.Dropout(probability) if probability else nn.Identity()
+
+
+def norm(spec: ModelSpec) -> nn.Module:
+    """LayerNorm or RMSNorm over C."""
+    kind = nn.LayerNorm if spec.norm == "layernorm" else nn.RMSNorm
+    return kind(spec.hidden_size, eps=spec.norm_eps)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or gated: down(act(gate(x)) ⊙ up(x))."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        width, inner, bias = spec.hidden_size, spec.intermediate_size, spec.use_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias) if spec.gated_mlp else None
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.activation = ACTIVATIONS[spec.activation]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, T, C] -> [B, T, C]."""
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(hidden_states)))
+        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class Block(GradientCheckpointingLayer):
+    """One layer of a model. Under gradient checkpointing it keeps its input only and is computed again on the way back."""
+
+    def __init__(self, spec: ModelSpec, layer_index: int, backend: str) -> None:
+        super().__init__()
+        self.attention_norm = norm(spec)
+        self.attention = Attention(spec.attention(layer_index), backend=backend)
+        self.mlp_norm = norm(spec)
+        self.mlp = MLP(spec)
+        self.dropout = dropout(spec.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: LayerView | None = None,
+    ) -> Tensor:
+        """[B, T, C] -> [B, T, C]; ``key_mask`` [B, S] covers the keys of this layer's cache and the T new ones."""
+        attended = self.attention(self.attention_norm(hidden_states), key_mask=key_mask, segments=segments, cache=cache)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class Trunk(nn.Module):
+    """All layers and the last norm."""
+
+    def __init__(self, spec: ModelSpec, backend: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(spec, index, backend) for index in range(spec.num_hidden_layers))
+        self.norm = norm(spec)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        sequence: Sequence,
+        *,
+        cache: Cache | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """[B, T, C] -> [B, T, C]. ``states`` is given the hidden states before each layer and those that are returned."""
+        for index, layer in enumerate(self.layers):
+            _record(states, hidden_states)
+            view = None if cache is None else LayerView(cache, index)
+            key_mask = _keys_of(sequence, view)
+            hidden_states = layer(hidden_states, key_mask=key_mask, segments=sequence.segments, cache=view)
+        hidden_states = self.norm(hidden_states)
+        _record(states, hidden_states)
+        return hidden_states
+
+
+def _record(states: list[Tensor] | None, hidden_states: Tensor) -> None:
+    if states is not None:
+        states.append(hidden_states)
+
+
+def _keys_of(sequence: Sequence, view: LayerView | None) -> Tensor | None:
+    """The mask of the keys that a layer will see: a window's cache has dropped the first ones."""
+    if sequence.key_mask is None or view is None:
+        return sequence.key_mask
+    num_keys, _ = view.layer.get_mask_sizes(sequence.num_tokens)
+    return sequence.key_mask[:, -num_keys:]

@@ -1,0 +1,70 @@
+"""What the three architectures share as Transformers models: first weights, the backend, and the arguments that ``forward`` may be given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from twofold.errors import TwofoldError
+from twofold.models.configuration import TwofoldConfig
+from twofold.models.initialization import initialize
+
+# What Transformers may hand to any forward, and what is asked of these models nowhere else.
+COMMON_OPTIONS = ("return_dict", "output_hidden_states", "output_attentions")
+
+
+class TwofoldPreTrainedModel(PreTrainedModel):
+    """Weights drawn per parameter name, from ``initial_seed`` or else from one number of torch's own random state.
+
+    ``backend`` is the attention kernel (see :mod:`twofold.kernels`); it is a matter of this process, not of the checkpoint.
+    Raises TwofoldError for the configuration of another architecture.
+    """
+
+    architecture: ClassVar[str]
+    config_class = TwofoldConfig
+    config: TwofoldConfig
+    base_model_prefix = "trunk"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+
+    def __init__(self, config: TwofoldConfig, *, backend: str = "auto", initial_seed: int | None = None) -> None:
+        if config.architecture != self.architecture:
+            raise TwofoldError(
+                f"{type(self).__name__} is a {self.architecture}, but the configuration says {config.architecture}: "
+                f"set architecture={self.architecture!r}."
+            )
+        super().__init__(config)
+        self.backend = backend
+        if initial_seed is None:
+            # The device is said because a model may be made under torch.device("meta"), where no number has a value.
+            initial_seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+        self._initial_seed = initial_seed
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # A module that is not in the model yet (embeddings for more tokens) has no name.
+        name = next((name for name, candidate in self.named_modules() if candidate is module), "")
+        initialize(module, std=self.config.initializer_range, seed=self._initial_seed, name=name)
+
+    def _output(self, kind: type[ModelOutput], options: Mapping[str, Any], **fields: Any) -> Any:
+        """The result in the form the caller asked for."""
+        states = fields.pop("states")
+        output = kind(**fields, hidden_states=tuple(states) if states is not None else None)
+        return_dict = options.get("return_dict")
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _states(self, options: Mapping[str, Any], known: Collection[str] = ()) -> list[Tensor] | None:
+        """A list to collect hidden states in, if they are asked for. Raises TwofoldError for an option that would be ignored."""
+        for name, value in options.items():
+            if value is None or value is False or name in known or name in ("return_dict", "output_hidden_states"):
+                continue
+            if name == "output_attentions":
+                raise TwofoldError("No backend keeps the attention weights: output_attentions cannot be had.")
+            raise TwofoldError(f"{type(self).__name__} takes no argument {name!r}.")
+        wanted = options.get("output_hidden_states")
+        return [] if (self.config.output_hidden_states if wanted is None else wanted) else None

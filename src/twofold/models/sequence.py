@@ -1,0 +1,108 @@
+"""Which of a batch's tokens are text, which document they belong to, and where they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twofold.errors import TwofoldError
+
+IGNORED = -100
+"""The label of a token that is not scored, as in all of Transformers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """The last T of S tokens, the first S - T of which are in the cache.
+
+    ``key_mask`` [B, S] is True where a token is text and False where it is padding (None: no padding); ``segments`` [B, T] numbers the
+    documents that are packed into one row (None: one document).
+    """
+
+    num_tokens: int
+    device: torch.device
+    past_tokens: int = 0
+    key_mask: Tensor | None = None
+    segments: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        hidden_states: Tensor,
+        *,
+        attention_mask: Tensor | None,
+        document_ids: Tensor | None = None,
+        past_tokens: int = 0,
+    ) -> Sequence:
+        """Check and simplify what a caller gave for hidden states [B, T, C]. Raises TwofoldError for shapes that do not fit."""
+        batch, num_tokens = hidden_states.shape[:2]
+        _check_shape("attention_mask", attention_mask, (batch, past_tokens + num_tokens))
+        _check_shape("document_ids", document_ids, (batch, num_tokens))
+        if document_ids is not None and past_tokens:
+            raise TwofoldError("Packed documents are read at once: document_ids cannot continue a cache.")
+        return cls(
+            num_tokens=num_tokens,
+            device=hidden_states.device,
+            past_tokens=past_tokens,
+            key_mask=_without_full_mask(attention_mask),
+            segments=document_ids,
+        )
+
+    @property
+    def total_tokens(self) -> int:
+        """S."""
+        return self.past_tokens + self.num_tokens
+
+    def position_ids(self) -> Tensor:
+        """The position of each of the T tokens, [T] or [B, T], counted from 0.
+
+        Padding is not counted, so a text has the same positions wherever it is padded; each of several packed documents is counted from 0.
+        """
+        if self.segments is not None:
+            index = torch.arange(self.num_tokens, device=self.device).expand_as(self.segments)
+            starts = torch.ones_like(self.segments, dtype=torch.bool)
+            starts[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
+            return index - index.masked_fill(~starts, 0).cummax(dim=1).values
+        if self.key_mask is not None:
+            return (self.key_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -self.num_tokens :]
+        return torch.arange(self.past_tokens, self.total_tokens, device=self.device)
+
+    def next_token_labels(self, labels: Tensor) -> Tensor:
+        """Labels [B, T] of the tokens themselves -> labels of the tokens that follow, [B, T].
+
+        Scored is the step from one token of text to the next of the same document, and nothing else: no padding, no step into or out of it,
+        and no first token of a document that cannot see the one before it.
+        """
+        shifted = torch.full_like(labels, IGNORED)
+        shifted[:, :-1] = labels[:, 1:]
+        if self.key_mask is not None:
+            text = self.key_mask[:, -self.num_tokens :]
+            shifted[:, :-1].masked_fill_(~(text[:, :-1] & text[:, 1:]), IGNORED)
+        if self.segments is not None:
+            shifted[:, :-1].masked_fill_(self.segments[:, :-1] != self.segments[:, 1:], IGNORED)
+        return shifted
+
+    def token_labels(self, labels: Tensor) -> Tensor:
+        """Labels [B, T] without those of padding."""
+        return labels if self.key_mask is None else labels.masked_fill(~self.key_mask[:, -self.num_tokens :], IGNORED)
+
+
+def _check_shape(name: str, tensor: Tensor | None, wanted: tuple[int, int]) -> None:
+    if tensor is not None and tuple(tensor.shape) != wanted:
+        cached = " (those in the cache included)" if name == "attention_mask" else ""
+        raise TwofoldError(
+            f"{name} has the shape {tuple(tensor.shape)}, but must be (batch, tokens{cached}) = {wanted}."
+        )
+
+
+def _without_full_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """None where there is no padding: attention is then causal and nothing else, which every backend does fastest."""
+    if attention_mask is None:
+        return None
+    text = attention_mask.bool()
+    # Looking into the mask waits for the device once per forward pass; inside a compiled graph it cannot be done.
+    if torch.compiler.is_compiling() or text.is_meta or not bool(text.all()):
+        return text
+    return None
