@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 from twofold.errors import TwofoldError
-from twofold.positions import RelativeBiasPositions
 from twofold.spec import AttentionSpec, ModelSpec
 
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1})
@@ -53,9 +52,7 @@ def _attention_vectors(spec: AttentionSpec) -> int:
     numbers = 2 * spec.head_dim if spec.qk_norm else 0
     if spec.tie.plus:
         numbers += spec.plus_channels + 1
-    if isinstance(spec.positions, RelativeBiasPositions):
-        numbers += spec.positions.num_buckets * spec.num_attention_heads
-    return numbers
+    return numbers + spec.positions.num_bias_buckets * spec.num_attention_heads
 
 
 def parameters(spec: ModelSpec) -> int:

@@ -18,7 +18,8 @@ from twofold.positions.scheme import PositionScheme
 from twofold.positions.shared_rotary import SharedRotaryPositions
 
 SCHEMES: Mapping[str, type[PositionScheme]] = {
-    scheme.kind: scheme for scheme in (NoPositions, LearnedPositions, RotaryPositions, SharedRotaryPositions, RelativeBiasPositions)
+    scheme.kind: scheme
+    for scheme in (NoPositions, LearnedPositions, RotaryPositions, SharedRotaryPositions, RelativeBiasPositions)
 }
 
 __all__ = [
@@ -36,7 +37,7 @@ __all__ = [
 
 def positions_from_dict(values: Mapping[str, Any]) -> PositionScheme:
     """A scheme from ``{"kind": ..., **fields}``. Raises TwofoldError for an unknown kind or field."""
-    kind, options = values.get("kind"), {name: value for name, value in values.items() if name != "kind"}
+    kind, options = str(values.get("kind")), {name: value for name, value in values.items() if name != "kind"}
     if kind not in SCHEMES:
         raise TwofoldError(f"Positions of kind {kind!r} are not known: use one of {', '.join(SCHEMES)}.")
     try:

@@ -1,0 +1,314 @@
+"""The one attention module: tie × heads × positions × normalisation × mask, all read from a spec; there is no class per variant.
+
+A layer has a weight for each free projection of its tie and none for the roles that follow from them. K and V reach the cache and the kernel as
+*streams*: one tensor [B, G, T, D] where V = cK, two elsewhere, and the shared rotary key [B, 1, T, d_r] of layers that have one. Where one
+stream serves as key and value, keys are normalised and turned when they are read; elsewhere K is cached ready to use.
+
+Shapes: B batch, T new tokens, S keys, C hidden_size, H query heads, G KV heads, D head_dim, d_r length of the shared rotary key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from twofold.errors import TwofoldError
+from twofold.kernels import Inputs, Mask, Problem, Rotation, attend, check_name
+from twofold.spec import AttentionSpec
+from twofold.tie import ROLES
+
+__all__ = ["Attention", "StreamCache", "problem_of"]
+
+
+class StreamCache(Protocol):
+    """One layer of a cache, as attention sees it."""
+
+    @property
+    def tokens_seen(self) -> int:
+        """The position of the first of the tokens that the next update brings."""
+
+    def update(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Append the streams of T tokens; the streams of the last S, which are all that the new tokens may see."""
+
+
+class Attention(nn.Module):
+    """softmax(α Q Kᵀ + positions) V W_O, with Q, K and V tied as the spec says; α = ``spec.scale``.
+
+    Weights: ``q_proj``, ``k_proj``, ``v_proj`` for those of the roles that are free projections, and ``o_proj``. ``backend`` names a kernel
+    (see :mod:`twofold.kernels`). Raises TwofoldError for an unknown backend.
+
+    >>> from twofold.tie import Tie
+    >>> spec = AttentionSpec(
+    ...     tie=Tie.parse("(Q, K=V)"), hidden_size=8, num_attention_heads=4, num_key_value_heads=2, head_dim=2, causal=True
+    ... )
+    >>> layer = Attention(spec)
+    >>> [name for name, _ in layer.named_parameters()]
+    ['q_proj.weight', 'k_proj.weight', 'o_proj.weight']
+    >>> layer(torch.zeros(1, 3, 8)).shape
+    torch.Size([1, 3, 8])
+    """
+
+    def __init__(self, spec: AttentionSpec, *, backend: str = "auto") -> None:
+        super().__init__()
+        check_name(backend)
+        self.spec = spec
+        self.backend = backend
+        width, bias, extension = spec.hidden_size, spec.use_bias, spec.positions.key_extension_dim
+        for role in spec.tie.free_projections:
+            columns = spec.heads_of(role) * spec.head_dim
+            self.add_module(f"{role.lower()}_proj", nn.Linear(width, columns, bias=bias))
+        if extension:
+            self.q_rotary_proj = nn.Linear(width, spec.num_attention_heads * extension, bias=bias)
+            self.k_rotary_proj = nn.Linear(width, extension, bias=bias)
+        self.o_proj = nn.Linear(spec.num_attention_heads * spec.head_dim, width, bias=bias)
+        if spec.qk_norm:
+            self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps)
+            self.k_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps)
+        if spec.positions.num_bias_buckets:
+            shape = (spec.positions.num_bias_buckets, spec.num_attention_heads)
+            self.relative_bias = nn.Parameter(torch.zeros(shape))
+        if spec.tie.plus:
+            self.plus_weight = nn.Parameter(torch.full((spec.plus_channels,), self._plus_start))
+            self.plus_bias = nn.Parameter(torch.zeros(1))
+
+    @property
+    def _plus_start(self) -> float:
+        """Weights whose sum, the temperature of the logits, is 1 at first: drawn around 0 they would leave no logits at all."""
+        return 1.0 / self.spec.plus_channels
+
+    def first_values(self, name: str) -> float | None:
+        """What a bare parameter starts from; None: it is drawn."""
+        return {"plus_weight": self._plus_start, "plus_bias": 0.0}.get(name)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: StreamCache | None = None,
+    ) -> Tensor:
+        """[B, T, C] -> [B, T, C].
+
+        ``key_mask`` [B, S] is False where a key is padding; ``segments`` [B, T] numbers the documents packed into a row. With a ``cache`` the T
+        tokens follow those that it has seen, and S counts what it gives back. Raises TwofoldError for shapes that do not fit.
+        """
+        spec = self.spec
+        self._check(hidden_states, segments, cache)
+        num_tokens = hidden_states.shape[1]
+        end = num_tokens + (0 if cache is None else cache.tokens_seen)
+        query, streams = self._project(hidden_states, end)
+        if cache is not None:
+            streams = cache.update(streams)
+        num_keys = streams[0].shape[2]
+        key, value, rotation = self._read(streams, end)
+        extension = streams[-1] if spec.positions.key_extension_dim else None
+        _check_mask(key_mask, (hidden_states.shape[0], num_keys))
+        output = attend(
+            Inputs(
+                query=query,
+                key=key,
+                value=value,
+                key_extension=extension,
+                key_rotation=rotation,
+                bias=self._bias(query, end, num_keys),
+                mask=Mask(causal=spec.causal, window_tokens=spec.window_tokens, key_mask=key_mask, segments=segments),
+                scale=spec.scale,
+            ),
+            self.backend,
+        )
+        return self.o_proj(self._finish(output, end))
+
+    def _project(self, hidden_states: Tensor, end: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The query [B, H, T, D + d_r], ready, and the streams of the T tokens that end before position ``end``, as they are cached."""
+        spec = self.spec
+        query, key, value = self._roles(hidden_states)
+        num_tokens = hidden_states.shape[1]
+        rotation = self._rotation(end - num_tokens, num_tokens, key)
+        if spec.qk_norm:
+            query = self.q_norm(query)
+        if rotation is not None:
+            query = rotation.turn(query)
+        streams: tuple[Tensor, ...] = (key,) if value is None else (key, value)
+        if value is not None or spec.positions.turns_stream:
+            key = self.k_norm(key) if spec.qk_norm else key
+            streams = (key if rotation is None else rotation.turn(key), *streams[1:])
+        if spec.tie.plus:
+            query = query * self.plus_weight.sum()
+        if extension := spec.positions.key_extension_dim:
+            turn = self._extension_rotation(end - num_tokens, num_tokens, key).turn
+            query = torch.cat((query, turn(_heads(self.q_rotary_proj(hidden_states), extension))), dim=-1)
+            streams = (*streams, turn(_heads(self.k_rotary_proj(hidden_states), extension)))
+        return query, streams
+
+    def _roles(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Q [B, H, T, D], K and V [B, G, T, D]; no V where it is a multiple of K, and one tensor for roles that are equal."""
+        tie, head_dim = self.spec.tie, self.spec.head_dim
+        free = {role: self.get_submodule(f"{role.lower()}_proj")(hidden_states) for role in tie.free_projections}
+        made = {}
+        for role in ROLES if tie.value_over_key is None else ROLES[:2]:
+            terms = [(float(c), free[name]) for c, name in zip(tie.row(role), tie.free_projections, strict=True) if c]
+            made[role] = _heads(_combination(terms), head_dim)
+        return made["Q"], made["K"], made.get("V")
+
+    def _read(self, streams: tuple[Tensor, ...], end: int) -> tuple[Tensor, Tensor, Rotation | None]:
+        """K and V [B, G, S, D] from what the cache gives, and the rotation that the kernel must apply to K."""
+        stream, positions = streams[0], self.spec.positions
+        if self.spec.tie.value_over_key is None:
+            return stream, streams[1], None
+        if positions.turns_stream:
+            return stream, stream, None
+        num_keys = stream.shape[2]
+        key = self.k_norm(stream) if self.spec.qk_norm else stream
+        return key, stream, self._rotation(end - num_keys, num_keys, stream)
+
+    def _finish(self, output: Tensor, end: int) -> Tensor:
+        """[B, H, T, D] -> [B, T, H·D]: turned back if the stream was turned, and times c where V = cK."""
+        num_tokens = output.shape[2]
+        if self.spec.positions.turns_stream:
+            rotation = self._rotation(end - num_tokens, num_tokens, output)
+            output = output if rotation is None else rotation.turn_back(output)
+        if self.spec.tie.value_over_key not in (None, 1):
+            output = output * float(self.spec.tie.value_over_key or 1)
+        return output.transpose(1, 2).flatten(2)
+
+    def _bias(self, query: Tensor, end: int, num_keys: int) -> Tensor | None:
+        """What is added to the logits, broadcastable to [B, H, T, S].
+
+        The 2-D positions S'ij = Sij·Σw + w·Pij + b are a temperature Σw (in the query) and one number per key: terms of i cancel in the softmax.
+        """
+        bias = None
+        if self.spec.positions.num_bias_buckets:
+            keys = torch.arange(end - num_keys, end, device=query.device)
+            buckets = self.spec.positions.buckets(keys[-query.shape[2] :], keys, causal=self.spec.causal)
+            bias = self.relative_bias[buckets].permute(2, 0, 1)[None].to(query.dtype)
+        if self.spec.tie.plus:
+            half = self.spec.plus_channels // 2
+            table = _sines(num_keys, half, query.device).to(self.plus_weight.dtype)
+            per_key = (table @ self.plus_weight[half:] + self.plus_bias).to(query.dtype)[None, None, None]
+            bias = per_key if bias is None else bias + per_key
+        return bias
+
+    def _rotation(self, first: int, count: int, like: Tensor) -> Rotation | None:
+        """The turning of queries and keys at positions first … first + count - 1."""
+        head_dim = self.spec.head_dim
+        angles = partial(self.spec.positions.angles, head_dim=head_dim)
+        return _rotation((self.spec.positions, head_dim), angles, first, count, like)
+
+    def _extension_rotation(self, first: int, count: int, like: Tensor) -> Rotation:
+        rotation = _rotation(self.spec.positions, self.spec.positions.extension_angles, first, count, like)
+        assert rotation is not None
+        return rotation
+
+    def _check(self, hidden_states: Tensor, segments: Tensor | None, cache: StreamCache | None) -> None:
+        if hidden_states.ndim != 3 or hidden_states.shape[2] != self.spec.hidden_size:
+            raise TwofoldError(
+                f"hidden_states have the shape {tuple(hidden_states.shape)}, but must be (batch, tokens, {self.spec.hidden_size})."
+            )
+        if cache is not None and not self.spec.causal:
+            raise TwofoldError("A layer that is not causal sees later tokens and cannot decode: leave the cache out.")
+        if segments is not None:
+            if cache is not None and cache.tokens_seen:
+                raise TwofoldError("Packed documents are read at once: segments cannot continue a cache.")
+            if segments.shape != hidden_states.shape[:2]:
+                raise TwofoldError(
+                    f"segments have the shape {tuple(segments.shape)}, but must be (batch, tokens) = {tuple(hidden_states.shape[:2])}."
+                )
+
+    def extra_repr(self) -> str:
+        """The tie and the heads, for ``print(model)``."""
+        spec = self.spec
+        return f"{spec.tie}, heads={spec.num_attention_heads}, kv_heads={spec.num_key_value_heads}, head_dim={spec.head_dim}"
+
+
+def problem_of(spec: AttentionSpec, *, device: str, dtype: str, num_queries: int, num_keys: int) -> Problem:
+    """The problem that a layer poses to a kernel, without tensors: ``choose(problem)`` says which backend would serve it."""
+    shares_stream = spec.tie.value_over_key is not None
+    turned = spec.positions.angles(torch.zeros(1), head_dim=spec.head_dim)
+    turns_on_reading = turned is not None and shares_stream and not spec.positions.turns_stream
+    return Problem(
+        device=device,
+        dtype=dtype,
+        num_attention_heads=spec.num_attention_heads,
+        num_key_value_heads=spec.num_key_value_heads,
+        head_dim=spec.head_dim,
+        num_queries=num_queries,
+        num_keys=num_keys,
+        causal=spec.causal,
+        key_extension_dim=spec.positions.key_extension_dim,
+        rotated_dims=2 * turned[0].shape[-1] if turned is not None and turns_on_reading else 0,
+        window_tokens=spec.window_tokens,
+        shares_value=shares_stream and not (spec.qk_norm and not spec.positions.turns_stream),
+        has_bias=bool(spec.positions.num_bias_buckets) or spec.tie.plus,
+    )
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, T, heads·D] -> [B, heads, T, D], without a copy."""
+    return x.unflatten(2, (-1, head_dim)).transpose(1, 2)
+
+
+def _combination(terms: list[tuple[float, Tensor]]) -> Tensor:
+    """Σ c·x; the tensor itself where that is one term with c = 1."""
+    (first, total), *others = terms
+    total = total if first == 1.0 else first * total
+    for coefficient, tensor in others:
+        total = torch.add(total, tensor, alpha=coefficient)
+    return total
+
+
+def _check_mask(key_mask: Tensor | None, wanted: tuple[int, int]) -> None:
+    if key_mask is not None and tuple(key_mask.shape) != wanted:
+        raise TwofoldError(f"key_mask has the shape {tuple(key_mask.shape)}, but must be (batch, keys) = {wanted}.")
+
+
+def _sines(count: int, channels: int, device: torch.device) -> Tensor:
+    """Sinusoids of positions 0 … count - 1, [count, channels] in float64: sine in even channels, cosine in odd ones.
+
+    Source: Vaswani et al. 2017 (1706.03762), section 3.5.
+    """
+    index = torch.arange(channels, device=device)
+    position = torch.arange(count, device=device, dtype=torch.float64)
+    angles = torch.outer(position, 10000.0 ** (-(index - index % 2).double() / channels))
+    return torch.where(index % 2 == 0, angles.sin(), angles.cos())
+
+
+# Cosines and sines by scheme, length, device and dtype: the layers of a model share one table, and decoding does not make one for each token.
+_TABLES: dict[object, Rotation | None] = {}
+_MAX_TABLES = 32
+
+
+def _rotation(
+    scheme: object, angles: Callable[[Tensor], tuple[Tensor, int] | None], first: int, count: int, like: Tensor
+) -> Rotation | None:
+    """The rotation at positions first … first + count - 1, in the dtype and on the device of ``like``."""
+    if (
+        torch.compiler.is_compiling()
+    ):  # the compiler folds what does not change, and must not be shown a dictionary that does
+        return _table(angles, first, first + count, like)
+    length = 1 << max(0, first + count - 1).bit_length()
+    key = (scheme, length, like.device, like.dtype)
+    if key not in _TABLES:
+        if len(_TABLES) >= _MAX_TABLES:
+            _TABLES.pop(next(iter(_TABLES)))
+        with torch.inference_mode(False):  # a table made in inference mode could not be used in training later
+            _TABLES[key] = _table(angles, 0, length, like)
+    table = _TABLES[key]
+    if table is None:
+        return None
+    rows = slice(first, first + count)
+    return Rotation(cosine=table.cosine[rows], sine=table.sine[rows], distance=table.distance)
+
+
+def _table(
+    angles: Callable[[Tensor], tuple[Tensor, int] | None], first: int, end: int, like: Tensor
+) -> Rotation | None:
+    found = angles(torch.arange(first, end, device=like.device))
+    if found is None:
+        return None
+    turned, distance = found
+    return Rotation(cosine=turned.cos().to(like.dtype), sine=turned.sin().to(like.dtype), distance=distance)
