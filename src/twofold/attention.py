@@ -137,12 +137,12 @@ class Attention(nn.Module):
         if value is not None or spec.positions.turns_stream:
             key = self.k_norm(key) if spec.qk_norm else key
             streams = (key if rotation is None else rotation.turn(key), *streams[1:])
-        if spec.tie.plus:
-            query = query * self.plus_weight.sum()
         if extension := spec.positions.key_extension_dim:
             turn = self._extension_rotation(end - num_tokens, num_tokens, key).turn
             query = torch.cat((query, turn(_heads(self.q_rotary_proj(hidden_states), extension))), dim=-1)
             streams = (*streams, turn(_heads(self.k_rotary_proj(hidden_states), extension)))
+        if spec.tie.plus:
+            query = query * self.plus_weight.sum()
         return query, streams
 
     def _roles(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -190,7 +190,7 @@ class Attention(nn.Module):
             half = self.spec.plus_channels // 2
             table = _sines(num_keys, half, query.device).to(self.plus_weight.dtype)
             per_key = (table @ self.plus_weight[half:] + self.plus_bias).to(query.dtype)[None, None, None]
-            bias = per_key if bias is None else bias + per_key
+            bias = per_key if bias is None else bias * self.plus_weight.sum() + per_key
         return bias
 
     def _rotation(self, first: int, count: int, like: Tensor) -> Rotation | None:

@@ -46,9 +46,7 @@ def _head(spec: AttentionSpec, weights: Mapping[str, Tensor], states: Tensor, he
     """One head of one sequence: [T, C] -> [T, D]."""
     group = head // (spec.num_attention_heads // spec.num_key_value_heads)
     positions, turned_stream = spec.positions, spec.positions.turns_stream
-    query, key, value = (
-        _role(spec, weights, states, role, head if role == "Q" else group) for role in ROLES
-    )
+    query, key, value = (_role(spec, weights, states, role, head if role == "Q" else group) for role in ROLES)
     if spec.qk_norm:
         query, key = (_rms_norm(x, weights[f"{n}_norm.weight"], spec.norm_eps) for x, n in ((query, "q"), (key, "k")))
     if turned_stream:
