@@ -15,13 +15,25 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
 from twofold._version import __version__
 from twofold.lazy import Lazy
+from twofold.study.provenance import usable_cores
+
+if TYPE_CHECKING:
+    import torch
+    import transformers
+
+    from twofold import cache, cost, kernels, models, presets
+else:
+    torch, transformers = Lazy("torch"), Lazy("transformers")
+    cache, cost, kernels = Lazy("twofold.cache"), Lazy("twofold.cost"), Lazy("twofold.kernels")
+    models, presets = Lazy("twofold.models"), Lazy("twofold.presets")
 
 PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy", "pandas", "safetensors", "plotly", "pydantic")
 EXTRAS: Mapping[str, tuple[str, ...]] = {
@@ -77,13 +89,13 @@ class Diagnosis:
 
 
 def diagnose(folder: Path) -> Diagnosis:
-    """Look at the machine and try everything; ``folder`` is where free disk is measured."""
+    """Look at the machine and try everything; ``folder`` is where runs would be kept, whether or not it is there yet."""
     return Diagnosis(
         version=__version__,
         machine=machine(folder),
         packages={name: _version_of(name) for name in PACKAGES},
         extras={name: _extra(parts) for name, parts in EXTRAS.items()},
-        checks=checks(),
+        checks=checks(folder),
     )
 
 
@@ -93,7 +105,7 @@ def diagnose(folder: Path) -> Diagnosis:
 def machine(folder: Path) -> dict[str, str]:
     """Hardware and operating system, in words."""
     memory = psutil.virtual_memory()
-    disk = shutil.disk_usage(folder)
+    disk = shutil.disk_usage(_nearest(folder))
     return {
         "system": platform.platform(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -103,13 +115,13 @@ def machine(folder: Path) -> dict[str, str]:
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB free",
         "disk": f"{disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} GiB",
         "graphics": _graphics(),
-        "browser": next((path for name in BROWSERS if (path := shutil.which(name))), "none found"),
+        "browser": browser() or "none found",
     }
 
 
-def usable_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def browser() -> str:
+    """The path of a browser that can be driven without a screen; empty where there is none."""
+    return next((path for name in BROWSERS if (path := shutil.which(name))), "")
 
 
 def cpu_features(flags: set[str]) -> list[str]:
@@ -168,3 +180,177 @@ def _version_of(package: str) -> str:
 def _extra(parts: tuple[str, ...]) -> str:
     missing = [name for name in parts if _version_of(name) == "not installed"]
     return f"missing: {', '.join(missing)}" if missing else "installed"
+
+
+# Abilities
+
+
+class AbsentError(Exception):
+    """Raised by a trial of something that this machine does not have: that is no failure."""
+
+
+def checks(folder: Path) -> tuple[Check, ...]:
+    """Try everything that Twofold needs or can use; no trial stops the next."""
+    trials: list[tuple[str, Callable[[], str], bool]] = [
+        ("torch", _try_torch, True),
+        ("attention", _try_attention, True),
+        ("Transformers", _try_transformers, True),
+        ("checkpoints", _try_checkpoint, True),
+        ("folder", partial(_try_folder, folder), True),
+        ("bf16 on CPU", _try_bf16, False),
+        *((f"backend {name}", partial(_try_backend, name), False) for name in _backends()),
+        ("GPU", _try_gpu, False),
+        ("Triton", _try_triton, False),
+        ("browser", _try_browser, False),
+    ]
+    return tuple(_check(name, trial, is_core=is_core) for name, trial, is_core in trials)
+
+
+def _check(name: str, trial: Callable[[], str], *, is_core: bool) -> Check:
+    began = time.perf_counter()
+    outcome: Outcome = "works"
+    try:
+        detail = trial()
+    except AbsentError as reason:
+        outcome, detail = "absent", str(reason)
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong in a trial is its result
+        outcome, detail = "fails", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return Check(name=name, outcome=outcome, detail=detail, seconds=time.perf_counter() - began, is_core=is_core)
+
+
+def _require(holds: bool, what: str) -> None:
+    """An assertion that ``python -O`` keeps."""
+    if not holds:
+        raise ArithmeticError(what)
+
+
+def _try_torch() -> str:
+    matrix = torch.arange(9, dtype=torch.float64).reshape(3, 3)
+    _require(float((matrix @ matrix).sum()) == 486.0, "a product of matrices came out wrong")
+    return f"{torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _try_bf16() -> str:
+    exact = _noise(64, 64)
+    error = (exact.bfloat16() @ exact.bfloat16()).float() - exact @ exact
+    _require(float(error.abs().max()) < 1.0, f"products are wrong by {float(error.abs().max()):.2g}")
+    return "products are right; how fast they are depends on AVX-512 BF16, AMX or their like"
+
+
+def _backends() -> tuple[str, ...]:
+    try:
+        return tuple(kernels.BACKENDS)
+    except Exception:  # noqa: BLE001 - the trial of attention says what is wrong
+        return ()
+
+
+def _try_attention() -> str:
+    inputs = _attention_inputs("cpu")
+    choice = kernels.choose(inputs.problem)
+    _compare(kernels.attend(inputs), inputs)
+    return f"{choice.name}, {choice.why}; agrees with the reference in float64"
+
+
+def _try_backend(name: str) -> str:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = _attention_inputs(device)
+    if reason := kernels.BACKENDS[name].supports(inputs.problem):
+        raise AbsentError(f"not for float32 on {device}: {reason}")
+    _compare(kernels.BACKENDS[name].attend(inputs), inputs)
+    return f"agrees with the reference in float64, float32 on {device}"
+
+
+def _try_gpu() -> str:
+    if not torch.cuda.is_available():
+        raise AbsentError("torch finds none: everything runs on the CPU")
+    inputs = _attention_inputs("cuda")
+    _compare(kernels.attend(inputs), inputs)
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{', '.join(names)}; attention there agrees with the reference"
+
+
+def _try_triton() -> str:
+    if not torch.cuda.is_available():
+        raise AbsentError("needs a GPU")
+    if _version_of("triton") == "not installed":
+        raise AbsentError("not installed")
+    numbers = torch.arange(1000, device="cuda")
+    _require(bool((torch.compile(_twice)(numbers) == 2 * numbers).all()), "a compiled kernel gave something else")
+    return f"{_version_of('triton')} compiles a kernel"
+
+
+def _twice(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers + numbers
+
+
+def _try_transformers() -> str:
+    """A small model by its configuration alone generates, and its cache holds one tensor where the tie says one."""
+    spec = presets.PRESETS["tiny"].with_changes(tie="(Q, K=V)", num_hidden_layers=2)
+    config = models.TwofoldConfig.from_spec(spec)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    held = cache.TiedCache(spec)
+    text = torch.arange(1, 6)[None]
+    with torch.random.fork_rng(devices=[]):
+        written = model.generate(
+            text,
+            attention_mask=torch.ones_like(text),
+            max_new_tokens=4,
+            do_sample=False,
+            **{models.causal_lm.CACHE_FIELD: held},
+        )
+    wanted = cost.cache_bytes(spec, written.shape[1] - 1, "fp32")
+    _require(held.nbytes == wanted, f"the cache of {written.shape[1] - 1} tokens is {held.nbytes} bytes, not {wanted}")
+    return f"{transformers.__version__} generates; the cache of {spec.tie} is {held.nbytes:,} bytes, measured, as calculated"
+
+
+def _try_checkpoint() -> str:
+    spec = presets.PRESETS["tiny"].with_changes(num_hidden_layers=1)
+    model = models.build_model(spec, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        read = models.load_model(folder).state_dict()
+    _require(all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items()), "weights changed")
+    return "a model is written as safetensors and read back the same"
+
+
+def _try_folder(folder: Path) -> str:
+    place = _nearest(folder)
+    with tempfile.NamedTemporaryFile(dir=place) as file:
+        file.write(bytes(2**20))
+        file.flush()
+        os.fsync(file.fileno())
+    return f"{place.resolve()} can be written to"
+
+
+def _try_browser() -> str:
+    path = browser()
+    if not path:
+        raise AbsentError("none found: reports can still be opened elsewhere")
+    return _output(path, "--version") or path
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or that of its parents which is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def _attention_inputs(device: str) -> kernels.Inputs:
+    """A causal call with grouped heads and one tensor as key and value, of odd lengths."""
+    stream = _noise(2, 2, 19, 32).to(device)
+    return kernels.Inputs(
+        query=_noise(2, 4, 19, 32).to(device), key=stream, value=stream, mask=kernels.Mask(causal=True), scale=32**-0.5
+    )
+
+
+def _compare(output: torch.Tensor, inputs: kernels.Inputs) -> None:
+    """Raise where an output is not what the readable reference gives in float64."""
+    stream = inputs.key.double().cpu()
+    exact = kernels.Inputs(
+        query=inputs.query.double().cpu(), key=stream, value=stream, mask=inputs.mask, scale=inputs.scale
+    )
+    error = float((output.double().cpu() - kernels.attend(exact, "reference")).abs().max())
+    _require(error < 1e-2, f"the output is wrong by {error:.2g}")

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
 from typing import Annotated
 
 import typer
 
 from twofold._version import __version__
-from twofold.cli import explain
+from twofold.cli import doctor, evaluate, explain, study, train
 from twofold.cli.commands import Commands
 from twofold.cli.examples import epilog
+from twofold.cli.study import overview, report, run
+
+COMMANDS: Mapping[str, ModuleType] = MappingProxyType(
+    {
+        "explain": explain,
+        "train": train,
+        "eval": evaluate,
+        "study run": run,
+        "study report": report,
+        "study list": overview,
+        "doctor": doctor,
+    }
+)
+"""Every command and the module that holds its ``command`` and its ``EXAMPLES``."""
 
 app = typer.Typer(
     name="twofold",
@@ -39,7 +55,10 @@ def twofold(
         typer.echo(context.get_help())
 
 
-app.command("explain", epilog=epilog(explain.EXAMPLES))(explain.command)
+for _name, _module in COMMANDS.items():
+    if " " not in _name:
+        app.command(_name, epilog=epilog(_module.EXAMPLES))(_module.command)
+app.add_typer(study.app)
 
 
 def main() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from twofold.cli.examples import Example
+from twofold.cli.groups import grouped
 from twofold.cli.output import Json, show, show_json
-from twofold.cli.sizes import HeadDim, Heads, HiddenSize, KvHeads, Layers, MlpSize, Preset, Sizes, VocabSize
+from twofold.cli.sizes import Preset, Sizes, VocabSize
 from twofold.cost import DTYPE_BYTES
 from twofold.errors import TwofoldError
 from twofold.explain import REFERENCE, Explanation
@@ -16,11 +18,15 @@ from twofold.explain import explain as explain_tie
 from twofold.lazy import Lazy
 from twofold.presets import preset as find_preset
 from twofold.spec import ModelSpec
+from twofold.tie import TiePattern
 
 if TYPE_CHECKING:
-    from twofold import kernels, picture
+    import torch
+
+    from twofold import attention, kernels, picture
 else:
-    kernels, picture = Lazy("twofold.kernels"), Lazy("twofold.picture")
+    torch, attention, kernels = Lazy("torch"), Lazy("twofold.attention"), Lazy("twofold.kernels")
+    picture = Lazy("twofold.picture")
 
 EXAMPLES = (
     Example(
@@ -50,16 +56,16 @@ EXAMPLES = (
 )
 
 
+# torch's names of what a cache may be made of.
+TORCH_DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn"}
+
+
+@grouped
 def command(
     ties: Annotated[list[str], typer.Argument(help='Ties such as "(Q, K=V)" or "V = Q - K", or patterns of ties.')],
     *,
     preset: Preset = "paper-300m",
-    hidden_size: HiddenSize = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    kv_heads: KvHeads = None,
-    head_dim: HeadDim = None,
-    mlp_size: MlpSize = None,
+    sizes: Sizes,
     vocab_size: VocabSize = None,
     tokens: Annotated[int, typer.Option(help="Tokens in the cache.", min=1)] = 32768,
     dtype: Annotated[
@@ -71,22 +77,15 @@ def command(
     as_json: Json = False,
 ) -> None:
     """What a tie means and what it costs: equations, weights, cached tensors, symmetry, parameters, cache."""
-    sizes = Sizes(
-        hidden_size=hidden_size,
-        layers=layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_size=mlp_size,
-        vocab_size=vocab_size,
-    )
-    model = sizes.of(find_preset(preset).with_changes(tie=REFERENCE))
+    start = find_preset(preset)
+    model = sizes.of(start.with_changes(tie=REFERENCE, vocab_size=vocab_size or start.vocab_size))
     reference = explain_tie(REFERENCE, model, tokens=tokens, dtype=dtype)
     explanations = [explain_tie(text, model, tokens=tokens, dtype=dtype) for text in ties]
     if len(explanations) == 1 and explanations[0].refusal:
         raise TwofoldError(explanations[0].refusal)
+    backends = [_backend(one, model, tokens=tokens, dtype=dtype) for one in explanations if backend]
     if as_json:
-        show_json(_as_dict(explanations, reference, model, backend=backend))
+        show_json(_as_dict(explanations, reference, model, backends))
         return
     name = preset if not sizes.given() else f"a model like {preset}"
     caption = picture.caption(model, name, tokens=tokens, dtype=dtype)
@@ -94,14 +93,41 @@ def command(
         show(picture.page(explanations[0], reference, model, caption))
     else:
         show(picture.comparison(explanations, reference, caption))
+    show(*(_backend_line(one, told) for one, told in zip(explanations, backends, strict=False)))
 
 
 def _as_dict(
-    explanations: list[Explanation], reference: Explanation, model: ModelSpec, *, backend: bool
+    explanations: list[Explanation], reference: Explanation, model: ModelSpec, backends: list[dict[str, Any]]
 ) -> dict[str, Any]:
     told: dict[str, Any] = {
         "model": model.to_dict(),
         "reference": reference.to_dict(),
         "explanations": [explanation.to_dict() for explanation in explanations],
     }
+    if backends:
+        told["backend"] = backends[0]
+        for explanation, backend in zip(told["explanations"], backends, strict=True):
+            explanation["backend"] = backend
     return told
+
+
+def _backend(explanation: Explanation, model: ModelSpec, *, tokens: int, dtype: str) -> dict[str, Any]:
+    """What would decode one more token here, in the first layer; empty where the model cannot have the tie."""
+    if explanation.cost is None:
+        return {}
+    tie = TiePattern.parse(explanation.pattern).ties[0]
+    layer = model.with_changes(tie=tie.without_plus if model.causal else tie).attention(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = attention.problem_of(layer, device=device, dtype=TORCH_DTYPES[dtype], num_queries=1, num_keys=tokens)
+    choice = kernels.choose(problem)
+    return {"name": choice.name, "why": choice.why, "refused": dict(choice.refused), "device": device, "dtype": dtype}
+
+
+def _backend_line(explanation: Explanation, told: dict[str, Any]) -> Text:
+    if not told:
+        return Text()
+    refused = "".join(f"; not {name}: {reason}" for name, reason in told["refused"].items())
+    sentence = (
+        f"{told['name']} decodes {explanation.pattern} in {told['dtype']} on {told['device']}, {told['why']}{refused}."
+    )
+    return Text.assemble(("backend  ", picture.LABEL), sentence)

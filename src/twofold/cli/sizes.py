@@ -32,12 +32,10 @@ Preset = Annotated[
         help="The model to start from.", metavar="NAME", autocompletion=complete_preset, rich_help_panel=PANEL
     ),
 ]
-HiddenSize = Annotated[int | None, _size("Width of the model.", "C")]
-Layers = Annotated[int | None, _size("Number of layers.", "N")]
-Heads = Annotated[int | None, _size("Query heads.", "H")]
-KvHeads = Annotated[int | None, _size("KV heads; as many as query heads when --heads is given alone.", "G")]
-HeadDim = Annotated[int | None, _size("Width of a head; C / H when one of these is given alone.", "D")]
-MlpSize = Annotated[int | None, _size("Inner width of the MLP; in proportion to C when C is given alone.", "N")]
+ModelFields = Annotated[
+    list[str] | None,
+    typer.Option(help="Any other field of a model, such as dropout=0.1.", metavar="NAME=VALUE", rich_help_panel=PANEL),
+]
 VocabSize = Annotated[int | None, _size("Tokens in the vocabulary.", "N")]
 
 
@@ -45,13 +43,14 @@ VocabSize = Annotated[int | None, _size("Tokens in the vocabulary.", "N")]
 class Sizes:
     """Sizes as given on the command line; None keeps the preset's, or follows from a size that was given."""
 
-    hidden_size: int | None = None
-    layers: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    mlp_size: int | None = None
-    vocab_size: int | None = None
+    hidden_size: Annotated[int | None, _size("Width of the model.", "C")] = None
+    layers: Annotated[int | None, _size("Number of layers.", "N")] = None
+    heads: Annotated[int | None, _size("Query heads.", "H")] = None
+    kv_heads: Annotated[int | None, _size("KV heads; as many as query heads when --heads is given alone.", "G")] = None
+    head_dim: Annotated[int | None, _size("Width of a head; C / H when one of these is given alone.", "D")] = None
+    mlp_size: Annotated[int | None, _size("Inner width of the MLP; in proportion to C when C is given alone.", "N")] = (
+        None
+    )
 
     def of(self, model: ModelSpec) -> ModelSpec:
         """The model with these sizes. Raises TwofoldError where they do not fit one another."""
@@ -70,7 +69,6 @@ class Sizes:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             intermediate_size=self.mlp_size or max(1, model.intermediate_size * width // model.hidden_size),
-            vocab_size=self.vocab_size or model.vocab_size,
         )
 
     def given(self) -> bool:

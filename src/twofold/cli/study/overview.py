@@ -17,8 +17,12 @@ else:
     plan = Lazy("twofold.study.plan")
 
 EXAMPLES = (
-    Example(command="twofold study list", purpose="Which studies are built in, and how many runs they are.", is_cheap=True),
-    Example(command="twofold study list --json", purpose="The same for programs, each with its whole plan.", is_cheap=True),
+    Example(
+        command="twofold study list", purpose="Which studies are built in, and how many runs they are.", is_cheap=True
+    ),
+    Example(
+        command="twofold study list --json", purpose="The same for programs, each with its whole plan.", is_cheap=True
+    ),
 )
 
 
@@ -35,7 +39,12 @@ def command(*, as_json: Json = False) -> None:
         table.add_row("", Text(study.question))
         table.add_row("", Text(size, style="dim"))
         table.add_row("", "")
-    show(table, Text("Run one with: twofold study run NAME. A study of your own is a TOML or YAML file: twofold study run FILE."))
+    show(
+        table,
+        Text(
+            "Run one with: twofold study run NAME. A study of your own is a TOML or YAML file: twofold study run FILE."
+        ),
+    )
 
 
 def runs(study: plan.StudyPlan) -> int:
@@ -44,4 +53,10 @@ def runs(study: plan.StudyPlan) -> int:
 
 
 def _as_dict(study: plan.StudyPlan) -> dict[str, Any]:
-    return {"name": study.name, "title": study.title, "question": study.question, "runs": runs(study), "plan": study.to_dict()}
+    return {
+        "name": study.name,
+        "title": study.title,
+        "question": study.question,
+        "runs": runs(study),
+        "plan": study.to_dict(),
+    }

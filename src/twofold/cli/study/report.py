@@ -17,9 +17,13 @@ else:
     report = Lazy("twofold.report")
 
 EXAMPLES = (
-    Example(command="twofold study report studies/smoke", purpose="Write the report of what is there, even while runs go on."),
     Example(
-        command="twofold study report studies/smoke --json | jq -r .files[0]", purpose="Where is the page? For programs."
+        command="twofold study report studies/smoke",
+        purpose="Write the report of what is there, even while runs go on.",
+    ),
+    Example(
+        command="twofold study report studies/smoke --json | jq -r .files[0]",
+        purpose="Where is the page? For programs.",
     ),
 )
 
