@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,10 +61,8 @@ def specs(draw: st.DrawFn, *, causal: bool | None = None, positions: str | None 
     tie = draw(ties())
     is_causal = draw(st.booleans()) if causal is None else causal
     if not is_causal and draw(st.booleans()):
-        try:
+        with contextlib.suppress(TwofoldError):
             tie = replace(tie, plus=True)
-        except TwofoldError:
-            pass
     kv_heads = draw(st.sampled_from([1, 2, 3]))
     group = 1 if tie.needs_equal_heads else draw(st.sampled_from([1, 2, 3]))
     scheme = POSITIONS[positions or draw(st.sampled_from(sorted(POSITIONS)))]

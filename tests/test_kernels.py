@@ -1,0 +1,104 @@
+"""Kernels: every backend against the plain one, masks against pairs, and a choice that is never silent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twofold import kernels
+from twofold.errors import TwofoldError
+from twofold.kernels import BACKENDS, Backend, Inputs, Mask, Problem, Rotation
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> Inputs:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (2, 3, 1), (2, 1, 5), (3, 2, 3)]))
+    num_keys = draw(st.sampled_from([1, 2, 7, 63, 65]))
+    num_queries = draw(st.sampled_from([1, 2, num_keys]).filter(lambda t: t <= num_keys))
+    extension, head_dim = draw(st.sampled_from([0, 2])), draw(st.sampled_from([4, 10]))
+    key = normal(batch, kv_heads, num_keys, head_dim)
+    rotation = None
+    if draw(st.booleans()):
+        angles = normal(num_keys, 2)
+        rotation = Rotation(cosine=angles.cos(), sine=angles.sin(), distance=draw(st.sampled_from([2, head_dim - 2])))
+    key_mask = torch.rand(batch, num_keys, generator=generator) < 0.5
+    bias_heads = draw(st.sampled_from([0, 1, kv_heads * group]))
+    return Inputs(
+        query=normal(batch, kv_heads * group, num_queries, head_dim + extension),
+        key=key,
+        value=key if draw(st.booleans()) else normal(*key.shape),
+        key_extension=normal(batch, 1, num_keys, extension) if extension else None,
+        key_rotation=rotation,
+        bias=normal(1, bias_heads, num_queries, num_keys) if bias_heads else None,
+        mask=Mask(
+            causal=draw(st.booleans()),
+            window_tokens=draw(st.sampled_from([0, 1, 3, 64, 100])),
+            key_mask=key_mask if draw(st.booleans()) else None,
+        ),
+        scale=draw(st.sampled_from([0.3, 1.0])),
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+@given(given_inputs=inputs())
+@settings(max_examples=200)
+def test_backends_agree_with_the_plain_one(name: str, given_inputs: Inputs):
+    found, wanted = kernels.attend(given_inputs, name), kernels.attend(given_inputs, "reference")
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_a_query_without_keys_gets_zero():
+    ones = torch.ones(1, 1, 3, 4)
+    mask = Mask(causal=True, key_mask=torch.tensor([[False, True, True]]))
+    for name in BACKENDS:
+        output = kernels.attend(Inputs(query=ones, key=ones, value=ones, mask=mask, scale=1.0), name)
+        assert output[0, 0, :, 0].tolist() == [0.0, 1.0, 1.0]
+
+
+def test_turning_back_undoes_turning():
+    angles = torch.linspace(0, 3, 10, dtype=torch.float64).reshape(5, 2)
+    rotation = Rotation(cosine=angles.cos(), sine=angles.sin(), distance=3)
+    x = torch.randn(2, 5, 7, dtype=torch.float64)
+    torch.testing.assert_close(rotation.turn_back(rotation.turn(x)), x)
+    assert torch.equal(rotation.turn(x)[..., 2], x[..., 2])
+    assert torch.equal(rotation.turn(x)[..., 5:], x[..., 5:])
+    assert not torch.allclose(rotation.turn(x)[..., 0], x[..., 0])
+
+
+PROBLEM = Problem(
+    device="cpu", dtype="float32", num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_queries=1, num_keys=9, causal=True
+)  # fmt: skip
+
+
+def test_the_choice_says_what_it_passed_over(monkeypatch: pytest.MonkeyPatch):
+    refusing = Backend(attend=BACKENDS["reference"].attend, supports=lambda _: "it needs a machine that is not here")
+    monkeypatch.setattr(kernels, "BACKENDS", {"fast": refusing, **BACKENDS})
+    choice = kernels.choose(PROBLEM)
+    assert choice.name == "sdpa"
+    assert choice.refused == {"fast": "it needs a machine that is not here"}
+    with pytest.raises(TwofoldError, match="fast: it needs a machine"):
+        kernels.choose(PROBLEM, "fast")
+    with pytest.raises(TwofoldError, match="no attention backend 'slow'"):
+        kernels.choose(PROBLEM, "slow")
+
+
+def test_grouped_decoding_reads_keys_where_they_are(monkeypatch: pytest.MonkeyPatch):
+    """One query per sequence: the group is folded into the queries, so no key is repeated."""
+    seen: list[tuple[int, ...]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value, *arguments, **options):
+        seen.append((*query.shape, key.data_ptr()))
+        return real(query, key, value, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    key = torch.randn(2, 3, 9, 8)
+    kernels.attend(Inputs(query=torch.randn(2, 12, 1, 8), key=key, value=key, mask=Mask(causal=True), scale=1.0))
+    assert seen == [(2, 3, 4, 8, key.data_ptr())]

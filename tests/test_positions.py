@@ -1,0 +1,87 @@
+"""Position schemes as values: what they refuse, how they are written, and the formulas that are theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attention_strategies import POSITIONS
+from twofold.errors import TwofoldError
+from twofold.positions import (
+    LearnedPositions,
+    RelativeBiasPositions,
+    RotaryPositions,
+    SharedRotaryPositions,
+    positions_from_dict,
+    positions_to_dict,
+)
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_a_scheme_is_written_and_read_without_loss(name: str):
+    assert positions_from_dict(positions_to_dict(POSITIONS[name])) == POSITIONS[name]
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: positions_from_dict({"kind": "rotory"}), "rotory"),
+        (lambda: positions_from_dict({}), "not known"),
+        (lambda: positions_from_dict({"kind": "learned"}), "length"),
+        (lambda: LearnedPositions(length=0), "at least 1"),
+        (lambda: RotaryPositions(fraction=0.0), "fraction is 0.0"),
+        (lambda: RotaryPositions(theta=-1.0), "theta"),
+        (lambda: RotaryPositions(rotate="write"), "'write'"),
+        (lambda: SharedRotaryPositions(dim=3), "even number"),
+        (lambda: SharedRotaryPositions(dim=4, theta=0.0), "theta"),
+        (lambda: RelativeBiasPositions(num_buckets=6), "multiple of 4"),
+        (lambda: RelativeBiasPositions(num_buckets=32, max_distance=16), "max_distance"),
+    ],
+)
+def test_mistakes(make, names: str):
+    with pytest.raises(TwofoldError, match=names):
+        make()
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_a_turned_product_depends_on_the_distance_alone(first: int, second: int):
+    generator = torch.Generator().manual_seed(first * 201 + second)
+    query, key = torch.randn(2, 8, dtype=torch.float64, generator=generator)
+    scheme = RotaryPositions(theta=50.0, fraction=0.5, proportional=True)
+
+    def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+        angles, distance = scheme.angles(torch.tensor([position]), head_dim=8)
+        result = x.clone()
+        for pair, angle in enumerate(angles[0]):
+            a, b = x[pair], x[pair + distance]
+            result[pair] = a * angle.cos() - b * angle.sin()
+            result[pair + distance] = b * angle.cos() + a * angle.sin()
+        return result
+
+    shift = min(first, second)
+    here = turned(query, first) @ turned(key, second)
+    there = turned(query, first - shift) @ turned(key, second - shift)
+    torch.testing.assert_close(here, there)
+
+
+def test_proportional_keeps_the_frequencies_of_a_full_rotation():
+    """Gemma 4: 128 of 512 dimensions turn, in pairs (i, i + 256), with the 64 fastest of 256 frequencies."""
+    at = torch.arange(3)
+    full, _ = RotaryPositions(theta=1e6).angles(at, head_dim=512)
+    part, distance = RotaryPositions(theta=1e6, fraction=0.25, proportional=True).angles(at, head_dim=512)
+    assert distance == 256
+    assert torch.equal(part, full[:, :64])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_buckets_are_transformers_own(causal: bool):
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    places = torch.arange(400)
+    found = RelativeBiasPositions(num_buckets=32, max_distance=128).buckets(places, places, causal=causal)
+    wanted = T5Attention._relative_position_bucket(
+        places[None, :] - places[:, None], bidirectional=not causal, num_buckets=32, max_distance=128
+    )
+    assert torch.equal(found, wanted)
