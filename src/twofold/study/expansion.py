@@ -66,10 +66,11 @@ def _facts(task: PlannedTask, answer: TaskAnswer) -> TaskFacts:
 
 def _entries(plan: StudyPlan, task: PlannedTask, spec: TaskSpec, answer: TaskAnswer) -> Iterator[Entry]:
     training = _named(f"task {task.name}", lambda: TrainingSpec(**task.training))
-    models = {variant.name: _model(plan, task, variant, answer) for variant in plan.variants}
-    for variant in plan.variants:
-        if variant.name not in task.variants:
-            continue
+    chosen = [variant for variant in plan.variants if variant.name in task.variants]
+    # A variant that the task leaves out need not fit it (a + on a causal task): only those that are run, or matched, are made.
+    needed = {variant.name for variant in chosen} | {match.variant for variant in chosen for match in variant.matches}
+    models = {name: _model(plan, task, plan.variant(name), answer) for name in sorted(needed)}
+    for variant in chosen:
         model = models[variant.name]
         _check_matches(task, variant, models)
         runs = [RunSpec(task=spec, model=model, training=training, seed=seed) for seed in plan.seeds]

@@ -63,7 +63,7 @@ class FolderLock:
 def is_held(folder: Path) -> bool:
     """Whether a runner is at work in the folder. One on another machine cannot be asked and counts as alive."""
     holder = _holder(folder / FILE_NAME)
-    if not holder:
+    if not holder:  # never held, or given back
         return False
     if holder["host"] != socket.gethostname():
         return True
@@ -77,10 +77,10 @@ def is_held(folder: Path) -> bool:
 
 def _holder(path: Path) -> dict[str, Any]:
     try:
-        holder: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        holder = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return holder
+    return holder if isinstance(holder, dict) and {"pid", "host", "created"} <= holder.keys() else {}
 
 
 def _lock(file: IO[str]) -> None:

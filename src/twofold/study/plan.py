@@ -143,7 +143,7 @@ class StudyPlan(_Section):
     """A whole study; the built-in plans are examples.
 
     ``reference`` is the variant against which the others' differences are taken. ``grid`` multiplies every task by the product of its axes,
-    as a task's own ``grid`` does for one.
+    as a task's own ``grid`` does for one. ``keep_models`` says whether a finished run's weights stay on disk: thousands of them are gigabytes.
     """
 
     name: Name
@@ -151,6 +151,7 @@ class StudyPlan(_Section):
     question: str
     reference: Name
     seeds: tuple[Seed, ...] = Field(min_length=1)
+    keep_models: bool = True
     model: dict[str, Any] = {}
     training: dict[str, Any] = {}
     grid: tuple[Axis, ...] = ()
@@ -172,6 +173,8 @@ class StudyPlan(_Section):
         variants = [variant.name for variant in self.variants]
         _require_unique("seeds", self.seeds)
         _require_unique("variants", variants)
+        for entry in self.tasks:
+            _require_unique(f"the grid of task {entry.name}", [axis.name for axis in (*self.grid, *entry.grid)])
         _require_unique("tasks", [task.name for task in self.planned_tasks])
         _require_known("reference", self.reference, variants)
         for variant in self.variants:
@@ -265,6 +268,10 @@ def load_plan(name_or_path: str | Path) -> StudyPlan:
     """A built-in study by name, or the study in a TOML or YAML file. Raises TwofoldError, one sentence that names file and field."""
     path = Path(name_or_path)
     if path.suffix not in {".toml", ".yaml", ".yml"}:
+        if path.is_file():
+            raise TwofoldError(
+                f"{path} is neither TOML nor YAML by its name: a study's file ends in .toml, .yaml or .yml."
+            )
         return builtin(str(name_or_path))
     try:
         text = path.read_text(encoding="utf-8")

@@ -96,6 +96,17 @@ def hardware() -> dict[str, Any]:
     }
 
 
+def graphics_processors() -> int:
+    """How many NVIDIA processors this process may use; whether torch can use them, only torch knows."""
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    present = sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else 0
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return present if allowed is None else min(present, len([name for name in allowed.split(",") if name.strip()]))
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -138,7 +138,7 @@ class StudyRecord:
                 code_hash=values["code_hash"],
                 provenance=values["provenance"],
                 tasks={name: TaskFacts(**facts) for name, facts in values["tasks"].items()},
-                entries=tuple(_entry(entry) for entry in values["entries"]),
+                entries=tuple(entry_from_dict(entry) for entry in values["entries"]),
             )
         except (ValueError, LookupError, TypeError, OSError) as error:
             raise TwofoldError(
@@ -146,7 +146,8 @@ class StudyRecord:
             ) from None
 
 
-def _entry(values: Mapping[str, Any]) -> Entry:
+def entry_from_dict(values: Mapping[str, Any]) -> Entry:
+    """An entry from its dict as JSON gives it back, with seeds as text."""
     seeds = {int(seed): fingerprint for seed, fingerprint in values["fingerprints"].items()}
     return Entry(**{**values, "fingerprints": seeds})
 
@@ -154,17 +155,21 @@ def _entry(values: Mapping[str, Any]) -> Entry:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader, or a kill, never meets half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is no such file or it is no whole JSON."""
+    """A file's JSON object; empty where there is no such file or it holds no whole JSON object."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return values
+    return values if isinstance(values, dict) else {}

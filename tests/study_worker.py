@@ -1,0 +1,75 @@
+"""A worker that speaks like the real one and trains nothing: what the runner does with good and bad workers, in milliseconds.
+
+Every run is noted in calls.txt of the study's folder. A variant's name says what befalls its runs: "bad" fails, "dies" kills the process, "slow" takes
+STUDY_WORKER_SECONDS, and all others are done at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from queue import SimpleQueue
+
+from study_fixture import ask
+from twofold.errors import TwofoldError
+from twofold.study.expansion import expand
+from twofold.study.plan import StudyPlan
+from twofold.study.worker import _listen
+
+
+def say(**values: object) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+def expand_plan(command: dict) -> None:
+    try:
+        tasks, entries = expand(StudyPlan.model_validate(command["plan"]), ask)
+    except TwofoldError as error:
+        say(event="refused", error=str(error))
+        return
+    facts = {name: asdict(fact) for name, fact in tasks.items()}
+    say(event="expanded", tasks=facts, entries=[asdict(entry) for entry in entries])
+
+
+def run(command: dict) -> None:
+    folder = Path(command["folder"])
+    study, path = folder.parents[3], folder.relative_to(folder.parents[2]).as_posix()
+    with (study / "calls.txt").open("a") as calls:
+        calls.write(f"{path}\n")
+    (folder / "run.json").write_text(json.dumps(command["run"]))
+    variant = folder.parent.name
+    progress = {"step": 50, "steps": 200, "tokens": 100, "loss": 2.0, "seconds": 0.1, "tokens_per_second": 1e3}
+    say(event="progress", **progress, seconds_left=0.3, scores={})
+    if variant == "slow":
+        time.sleep(float(os.environ["STUDY_WORKER_SECONDS"]))
+    if variant == "bad":
+        say(event="failed", error="The loss is NaN at step 7.")
+    elif variant == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        outcome = {"scores": {"loss": 1.0, "bits_per_byte": 1.5}, "parameters": 1, "seconds": 0.1, "tokens": 400}
+        (folder / "outcome.json").write_text(json.dumps(outcome))
+        say(event="done")
+
+
+def main() -> None:
+    commands: SimpleQueue = SimpleQueue()
+    threading.Thread(target=_listen, args=(commands,), daemon=True).start()
+    if "STUDY_WORKER_BROKEN" in os.environ:
+        sys.exit("ImportError: libtorch.so is missing")
+    sys.stdout.write("a library's stray print\n")
+    say(event="ready", device="cpu")
+    while True:
+        command = commands.get()
+        expand_plan(command) if command["command"] == "expand" else run(command)
+
+
+if __name__ == "__main__":
+    main()
