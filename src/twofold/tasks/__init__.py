@@ -1,0 +1,48 @@
+"""Tasks: each file gives data, a loss and a score, made again byte for byte from a name and options.
+
+A new task is one file with its options, its :class:`Task` and ``KINDS``, and its name in the tuple below.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from twofold.errors import TwofoldError
+from twofold.tasks import anomaly, digits, images, recall, synthetic, text
+from twofold.tasks.options import Options, near_miss, read_options
+from twofold.tasks.task import IGNORED, Batch, Task, TaskKind
+
+if TYPE_CHECKING:
+    from twofold.training.spec import TaskSpec
+
+__all__ = ["IGNORED", "TASKS", "Batch", "Options", "Task", "TaskKind", "load_task"]
+
+TASKS: Mapping[str, TaskKind] = {
+    kind.name: kind for module in (synthetic, recall, digits, images, anomaly, text) for kind in module.KINDS
+}
+
+
+def load_task(spec: TaskSpec) -> Task:
+    """The task of that name with those options. Raises TwofoldError for an unknown name or option, and for data that cannot be had.
+
+    The last few are kept: runs of one process read their data once. A file that changes meanwhile is seen by the next process.
+
+    >>> import torch
+    >>> from twofold.training.spec import TaskSpec
+    >>> load_task(TaskSpec(name="sort", options={"length": 4, "train_size": 8})).train_batch(torch.tensor([0]))["labels"].shape
+    torch.Size([1, 4])
+    """
+    return _load(spec.name, json.dumps(dict(spec.options), sort_keys=True))
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, options: str) -> Task:
+    if name not in TASKS:
+        raise TwofoldError(
+            f"There is no task {name!r}{near_miss(name, list(TASKS))}; the tasks are {', '.join(TASKS)}."
+        )
+    kind, values = TASKS[name], json.loads(options)
+    return kind.load(read_options(kind.options, values, name))

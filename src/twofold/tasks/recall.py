@@ -1,0 +1,115 @@
+"""Causal associative recall with many queries: pairs of a key and its value, then some of the keys again; after each, its value is due.
+
+    key value key value | . . key . key . .
+                               value value      <- what must be predicted next
+
+The paper's strongest known failure of K=V is on recall by an encoder with several heads; this is the causal form.
+Source: MQAR of "Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv:2312.04927, section 4 and its
+published generator), whose smallest setting the defaults are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from twofold.tasks.options import Options
+from twofold.tasks.task import IGNORED, TableTask, TaskKind, distinct, generator
+
+BLANK = 0
+"""The token between queries, if they are not drawn at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallOptions(Options):
+    """``length`` tokens begin with ``num_pairs`` pairs; each key is asked for once, at an even distance behind the pairs.
+
+    Slot g of the queries' slots (counted from 1, two tokens each) is taken with a probability proportional to g^(power - 1): 1 is uniform,
+    and near 0 most queries follow the pairs closely, as repeated word pairs do in text. With ``random_fillers`` the tokens between
+    queries are drawn from the whole vocabulary, else they are :data:`BLANK`.
+    """
+
+    vocab_size: int = 8192
+    num_pairs: int = 4
+    length: int = 64
+    power: float = 0.01
+    random_fillers: bool = True
+    train_size: int = 100_000
+    held_out_size: int = 3_000
+    data_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_at_least(1, "num_pairs", "train_size", "held_out_size")
+        self.require_seed()
+        self.require("power", self.power > 0, "more than 0")
+        self.require("length", self.length % 2 == 0, "even: pairs and queries take two tokens each")
+        self.require(
+            "length",
+            self.length >= 4 * self.num_pairs,
+            f"at least {4 * self.num_pairs}, 4 for each of the {self.num_pairs} pairs",
+        )
+        self.require("vocab_size", self.vocab_size >= 2 * self.num_pairs + 2, f"at least {2 * self.num_pairs + 2}: a blank, and keys and values for {self.num_pairs} pairs")  # fmt: skip
+
+
+class RecallTask(TableTask):
+    """Keys are tokens 1 to V/2 - 1, values V/2 to V - 1. Only the values that are due are scored.
+
+    A causal_lm compares its logits at t with the label at t + 1, so the value due after a query at t is the label at t + 1, whatever token
+    stands there.
+    """
+
+    def __init__(self, options: RecallOptions) -> None:
+        super().__init__(
+            name="recall",
+            train=_examples(options, "train", options.train_size),
+            held_out=_examples(options, "held_out", options.held_out_size),
+            description=f"Associative recall in MQAR's manner: {options.num_pairs} pairs in {options.length} of {options.vocab_size:,} tokens, "
+            f"{options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
+            tokens_per_example=options.length,
+            model_fields={"architecture": "causal_lm", "vocab_size": options.vocab_size, "causal": True},
+        )
+
+
+def _examples(options: RecallOptions, part: str, size: int) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``labels``, int32 [size, length]."""
+    draws = generator(options.data_seed, part)
+    first_value = options.vocab_size // 2
+    keys = 1 + distinct(draws, size, options.num_pairs, first_value - 1)
+    values = first_value + distinct(draws, size, options.num_pairs, options.vocab_size - first_value)
+    num_slots = options.length // 2 - options.num_pairs
+    query_places = 2 * options.num_pairs + 2 * _slots(draws, options, size, num_slots)
+
+    if options.random_fillers:
+        tokens = draws.randint(0, options.vocab_size, size=(size, options.length))
+    else:
+        tokens = np.full((size, options.length), BLANK)
+    tokens[:, 0 : 2 * options.num_pairs : 2] = keys
+    tokens[:, 1 : 2 * options.num_pairs : 2] = values
+    np.put_along_axis(tokens, query_places, keys, axis=1)
+    labels = np.full((size, options.length), IGNORED)
+    np.put_along_axis(labels, query_places + 1, values, axis=1)
+    return {"input_ids": torch.from_numpy(tokens.astype(np.int32)), "labels": torch.from_numpy(labels.astype(np.int32))}
+
+
+def _slots(draws: np.random.RandomState, options: RecallOptions, size: int, num_slots: int) -> np.ndarray:
+    """For each pair a slot of its own, drawn one after another without replacement, [size, num_pairs].
+
+    The order of log p + Gumbel noise is the order of such draws. Source: Efraimidis and Spirakis, 2006, in logarithms.
+    """
+    log_weights = (options.power - 1) * np.log(np.arange(1, num_slots + 1))
+    return np.argsort(-(log_weights + draws.gumbel(size=(size, num_slots))), axis=1, kind="stable")[
+        :, : options.num_pairs
+    ]
+
+
+KINDS = (
+    TaskKind(
+        name="recall",
+        summary="the value of a key that was seen before, by a causal model (MQAR)",
+        options=RecallOptions,
+        load=RecallTask,
+    ),
+)

@@ -1,0 +1,168 @@
+"""What a task is: data, the loss by which variants are compared, and a score.
+
+The training loss is the model's own, cross-entropy over the labels that are not -100; a task says which labels those are, counts them, and
+turns a model's logits into sums that can be added over batches and processes before they become metrics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from twofold.tasks.options import Options
+
+IGNORED = -100
+"""The label of a prediction that is not scored, as in all of Transformers."""
+
+Batch = dict[str, Tensor]
+Part = Mapping[str, Tensor]
+
+
+class Task(ABC):
+    """Data, loss and score. ``model_fields`` are the fields of a ModelSpec that the task dictates.
+
+    ``loss_metric`` names the metric of comparison (lower is better), ``score`` the headline metric, of which ``higher_is_better``;
+    :meth:`scores` holds both. ``tokens_per_example`` counts the positions that a model computes for one example. ``data_hash`` is the SHA-256
+    of the training and the held-out data. Nothing here depends on anything but the task's options and the files they name.
+    """
+
+    loss_metric: ClassVar[str] = "loss"
+    score: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        model_fields: Mapping[str, Any],
+        description: str,
+        train_size: int,
+        held_out_size: int,
+        tokens_per_example: int,
+        data_hash: str,
+    ) -> None:
+        self.name = name
+        self.model_fields = model_fields
+        self.description = description
+        self.train_size = train_size
+        self.held_out_size = held_out_size
+        self.tokens_per_example = tokens_per_example
+        self.data_hash = data_hash
+
+    @abstractmethod
+    def train_batch(self, indices: Tensor) -> Batch:
+        """Training examples ``indices`` [B] (from 0 up to ``train_size``) as the model's keyword arguments, on the CPU; a pure function."""
+
+    @abstractmethod
+    def held_out_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every held-out example once, in one order, at most ``batch_size`` together."""
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The labels that line up with a model's predictions: [B, T - 1] of a causal_lm, which predicts the next one, else as they are."""
+        labels = batch["labels"]
+        return labels[:, 1:] if self.model_fields["architecture"] == "causal_lm" else labels
+
+    def count(self, batch: Batch) -> int:
+        """How many predictions of the batch are scored; counts of micro-batches add up to that of their step."""
+        return int((self.targets(batch) != IGNORED).sum())
+
+    def measure(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """float64 sums over the batch's scored predictions: their cross-entropy in nats, how many are right, how many they are.
+
+        ``logits`` [B, T, N] (of an image [B, N]) are the model's for this batch.
+        """
+        targets = self.targets(batch).to(logits.device)
+        predictions = logits[:, : targets.shape[1]] if targets.ndim == 2 else logits
+        if predictions.dtype in (torch.float16, torch.bfloat16):
+            predictions = predictions.float()
+        losses = F.cross_entropy(
+            predictions.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )  # 0 where the target is ignored
+        scored = targets != IGNORED
+        right = (predictions.argmax(-1) == targets) & scored
+        return {"loss": losses.double().sum(), "correct": right.double().sum(), "count": scored.double().sum()}
+
+    def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """The metrics, from :meth:`measure`'s sums over all batches."""
+        return {"loss": totals["loss"] / totals["count"], "accuracy": totals["correct"] / totals["count"]}
+
+
+class TableTask(Task):
+    """A task whose examples are rows: every column is a tensor with one row for each example, ``labels`` among them.
+
+    Columns may be of small integers; :meth:`batch` widens them to what a model reads.
+    """
+
+    def __init__(self, *, train: Part, held_out: Part, **facts: Any) -> None:
+        sizes = {"train_size": len(train["labels"]), "held_out_size": len(held_out["labels"])}
+        super().__init__(**{"data_hash": data_hash(train=train, held_out=held_out)} | sizes | facts)
+        self.train, self.held_out = train, held_out
+
+    def batch(self, part: Part, rows: Tensor) -> Batch:
+        """Those rows of the training or the held-out part, as the model's keyword arguments."""
+        return {name: _widened(column[rows]) for name, column in part.items()}
+
+    def train_batch(self, indices: Tensor) -> Batch:
+        """Rows ``indices`` of the training part."""
+        return self.batch(self.train, indices)
+
+    def held_out_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The rows of the held-out part, in their order."""
+        for rows in torch.arange(self.held_out_size).split(batch_size):
+            yield self.batch(self.held_out, rows)
+
+
+def _widened(column: Tensor) -> Tensor:
+    return column if column.is_floating_point() else column.long()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskKind:
+    """An entry of the registry: a name, one sentence, the options it takes, and how it is loaded from them."""
+
+    name: str
+    summary: str
+    options: type[Options]
+    load: Callable[[Any], Task]
+
+
+def data_hash(**parts: Part) -> str:
+    """SHA-256 over names, types, shapes and bytes of all columns of all parts."""
+    digest = hashlib.sha256()
+    for part, columns in parts.items():
+        for name, column in columns.items():
+            digest.update(f"{part}.{name} {column.dtype} {tuple(column.shape)}\n".encode())
+            digest.update(column.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def generator(data_seed: int, part: str) -> np.random.RandomState:
+    """Random numbers for one part of one task's data.
+
+    NumPy freezes the stream of this generator and of no other, so the same seed gives the same data (and the same hash) everywhere and always.
+    """
+    return np.random.RandomState([data_seed, *part.encode()])
+
+
+def distinct(draws: np.random.RandomState, rows: int, count: int, below: int) -> np.ndarray:
+    """``rows`` ordered samples of ``count`` different numbers from 0 up to ``below``, all equally likely; int64 [rows, count].
+
+    Floyd's sampling, a column at a time: the j-th draw is from the first ``below - count + j + 1`` numbers, and stands for the last of them if
+    it is already there. That gives a uniform set, and shuffling it a uniform order. Source: Bentley and Floyd, CACM 30(9), 1987.
+    """
+    chosen = np.empty((rows, count), dtype=np.int64)
+    for j in range(count):
+        last = below - count + j
+        draw = draws.randint(0, last + 1, size=rows)
+        taken = (chosen[:, :j] == draw[:, None]).any(axis=1)
+        chosen[:, j] = np.where(taken, last, draw)
+    order = draws.random_sample((rows, count)).argsort(axis=1, kind="stable")
+    return np.take_along_axis(chosen, order, axis=1)
