@@ -151,21 +151,26 @@ class TiedLayer(CacheLayerMixin):
 
         Raises TwofoldError for a positive number, for more tokens than were seen, and where the window has already dropped what would be needed.
         """
+        self.check_crop(tokens_to_remove)
+        if not self.streams:
+            return
+        self.tokens_seen += tokens_to_remove
+        end = self._tokens_held + tokens_to_remove
+        start = max(0, end - self.window_tokens) if self.window_tokens else 0
+        self._apply(lambda stream: _with_storage_of_its_own(stream[..., start:end, :]))
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what :meth:`crop` would raise, and change nothing."""
         removed, kept = -tokens_to_remove, self.tokens_seen + tokens_to_remove
         if removed < 0 or kept < 0:
             raise TwofoldError(
                 f"A cache of {self.tokens_seen} tokens cannot be cropped by {tokens_to_remove}: give minus the tokens to remove."
             )
-        if not self.streams:
-            return
         needed = min(kept, self.window_tokens - 1) if self.window_tokens else kept
         if self._tokens_held - removed < needed:
             raise TwofoldError(
                 f"A window of {self.window_tokens} tokens has dropped what cropping {removed} would need: call activate_past_recording() first."
             )
-        self.tokens_seen = kept
-        start = max(0, self._tokens_held - removed - self.window_tokens) if self.window_tokens else 0
-        self._apply(lambda stream: _with_storage_of_its_own(stream[..., start : stream.shape[-2] - removed, :]))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences ``beam_idx`` [B] of the batch, as beam search does."""
@@ -215,9 +220,15 @@ class TiedCache(DynamicCache):
         windows = [spec.attention(index).window_tokens for index in range(spec.num_hidden_layers)]
         Cache.__init__(self, layers=[TiedLayer(window) for window in windows])
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """:meth:`TiedLayer.crop` of every layer, or of none: where one refuses, the others still hold what they held."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory that all layers occupy; equals ``cost.cache_bytes``."""
+        """Bytes of the memory that all layers occupy; equals ``cost.cache_bytes``, until :meth:`crop` leaves a window less than full."""
         return storage_bytes(stream for layer in self.layers for stream in layer.streams)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:

@@ -1,0 +1,284 @@
+"""The tied cache: its bytes are those that the cost floor counts, and whatever is done to it, the next logits are those of full recomputation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+from attention_strategies import POSITIONS
+from model_strategies import GPT2, LLAMA, decoders, drawn_model, drawn_tokens
+from twofold.cache import LayerView, TiedCache, TiedLayer, storage_bytes
+from twofold.cost import cache_bytes, cached_bytes_per_token
+from twofold.errors import TwofoldError
+from twofold.models import TwofoldPreTrainedModel
+from twofold.spec import ModelSpec
+
+TOLERANCE = 1e-9
+
+
+@torch.no_grad()
+def whole(model: TwofoldPreTrainedModel, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits without a cache."""
+    return model(tokens, attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+def step(model: TwofoldPreTrainedModel, cache: TiedCache, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits of the tokens that follow those in the cache."""
+    return model(tokens, attention_mask=mask, cache=cache).logits
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+# Cached decoding is full recomputation
+
+
+def decode(spec: ModelSpec, chunks: list[int], pads: int, seed: int) -> tuple[Tensor, Tensor, TiedCache]:
+    """Logits in chunks and at once, of the second of two rows and of what is text in the first."""
+    model, tokens = drawn_model(spec, seed), drawn_tokens(2, sum(chunks), seed)
+    mask = torch.ones_like(tokens)
+    mask[0, :pads] = 0
+    cache, parts, end = TiedCache(spec), [], 0
+    for part in tokens.split(chunks, dim=1):
+        end += part.shape[1]
+        parts.append(step(model, cache, part, mask[:, :end] if pads else None))
+        assert cache.nbytes == cache_bytes(spec, end, "fp64", batch=2)
+    text = mask.bool()
+    return torch.cat(parts, dim=1)[text], whole(model, tokens, mask)[text], cache
+
+
+@given(decoders(), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 2**31))
+@settings(max_examples=60)
+def test_chunks_of_any_size_decode_what_is_computed_at_once(spec: ModelSpec, chunks: list[int], pads: int, seed: int):
+    found, wanted, cache = decode(spec, chunks, min(pads, sum(chunks) - 1), seed)
+    assert_near(found, wanted)
+    for index, layer in enumerate(cache.layers):
+        attention = spec.attention(index)
+        assert len(layer.streams) == attention.tie.cached_tensors + bool(attention.positions.key_extension_dim)
+
+
+@pytest.mark.parametrize("positions", sorted(POSITIONS))
+@given(data=st.data())
+@settings(max_examples=5)
+def test_every_position_scheme_decodes_token_by_token(positions: str, data: st.DataObject):
+    found, wanted, _ = decode(data.draw(decoders(positions=positions)), [1] * 9, data.draw(st.sampled_from([0, 2])), 3)
+    assert_near(found, wanted)
+
+
+@pytest.mark.long
+@given(decoders(), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 3), st.integers(0, 2**31))
+@settings(max_examples=1500)
+def test_chunks_at_length(spec: ModelSpec, chunks: list[int], pads: int, seed: int):
+    found, wanted, _ = decode(spec, chunks, min(pads, sum(chunks) - 1), seed)
+    assert_near(found, wanted)
+
+
+def test_the_comparison_can_fail():
+    """A liar: a cache that has lost its first token gives other logits."""
+    model, tokens, cache = drawn_model(LLAMA), drawn_tokens(2, 6), TiedCache(LLAMA)
+    step(model, cache, tokens[:, :5])
+    for layer in cache.layers:
+        layer.streams = tuple(stream.clone().index_fill_(2, torch.tensor([0]), 0.0) for stream in layer.streams)
+    with pytest.raises(AssertionError):
+        assert_near(step(model, cache, tokens[:, 5:]), whole(model, tokens)[:, 5:])
+
+
+# Whatever is done to a cache, it is done to every stream
+
+
+class Story:
+    """A cache, and the tokens that it should hold."""
+
+    def __init__(self, spec: ModelSpec, *, records: bool) -> None:
+        self.model = drawn_model(spec, 5)
+        self.cache = TiedCache(spec)
+        self.tokens = drawn_tokens(2, 0)
+        self.generator = torch.Generator().manual_seed(7)
+        if records:
+            self.cache.activate_past_recording()
+
+    def append(self, count: int) -> None:
+        new = torch.randint(37, (len(self.tokens), count), generator=self.generator)
+        self.tokens = torch.cat((self.tokens, new), dim=1)
+        assert_near(step(self.model, self.cache, new), whole(self.model, self.tokens)[:, -count:])
+
+    def crop(self, count: int) -> None:
+        """A window that has dropped what would be needed refuses, and then nothing has happened."""
+        before = [[stream.clone() for stream in streams] for streams in self.cache]
+        try:
+            self.cache.crop(-count)
+        except TwofoldError:
+            assert count > self.tokens.shape[1] or count > 1
+            for held, kept in zip(before, self.cache, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
+        else:
+            self.tokens = self.tokens[:, : self.tokens.shape[1] - count]
+
+    def choose(self, count: int) -> None:
+        indices = torch.randint(len(self.tokens), (count,), generator=self.generator)
+        self.cache.batch_select_indices(indices)
+        self.tokens = self.tokens[indices]
+
+    def reorder(self, _: int) -> None:
+        indices = torch.randperm(len(self.tokens), generator=self.generator)
+        self.cache.reorder_cache(indices)
+        self.tokens = self.tokens[indices]
+
+    def repeat(self, count: int) -> None:
+        if len(self.tokens) < 5:
+            self.cache.batch_repeat_interleave(count)
+            self.tokens = self.tokens.repeat_interleave(count, dim=0)
+
+    def move(self, _: int) -> None:
+        for index in range(len(self.cache.layers)):
+            self.cache.offload(index, only_non_sliding=False)
+            self.cache.layers[index].prefetch()
+
+    def copy(self, _: int) -> None:
+        original, self.cache = self.cache, copy.deepcopy(self.cache)
+        original.reset()
+
+    def reset(self, _: int) -> None:
+        self.cache.reset()
+        self.tokens = self.tokens[:, :0]
+
+
+DEEDS = ["append", "append", "append", "crop", "crop", "choose", "reorder", "repeat", "move", "copy", "reset"]
+
+
+@given(decoders(), st.booleans(), st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(1, 4)), max_size=7))
+@settings(max_examples=60)
+def test_any_story_goes_on_as_full_recomputation(spec: ModelSpec, records: bool, deeds: list[tuple[str, int]]):
+    story = Story(spec, records=records)
+    story.append(3)
+    for deed, count in deeds:
+        getattr(story, deed)(count)
+        assert story.cache.get_seq_length() == story.tokens.shape[1]
+        if story.tokens.shape[1]:
+            assert story.cache.batch_size == len(story.tokens)
+    story.append(2)
+
+
+@pytest.mark.parametrize("windows", [(3, 0), (0, 3)])
+@pytest.mark.parametrize("records", [False, True])
+def test_a_window_goes_back_as_far_as_it_can(records: bool, windows: tuple[int, ...]):
+    """One token without a record of the past; with one, all that came since the last crop."""
+    story = Story(LLAMA.with_changes(window_tokens=windows), records=records)
+    story.append(8)
+    assert story.cache.is_croppable == records
+    story.crop(4)
+    assert story.tokens.shape[1] == (4 if records else 8)
+    story.crop(1)
+    assert story.tokens.shape[1] == (3 if records else 7)
+    story.append(5)
+
+
+def test_cropping_nothing_drops_what_the_window_no_longer_needs():
+    spec = LLAMA.with_changes(window_tokens=(3,))
+    story = Story(spec, records=True)
+    story.append(8)
+    assert story.cache.nbytes == cache_bytes(spec.with_changes(window_tokens=(0,)), 8, "fp64", batch=2)
+    story.cache.crop(0)
+    assert story.cache.nbytes == cache_bytes(spec, 8, "fp64", batch=2)
+    story.append(1)
+
+
+# Bytes
+
+
+def test_one_tensor_where_two_would_be():
+    """Measured, not calculated: the storages of a (Q, K=V) cache are half of those of (Q, K, V)."""
+    tokens, measured = drawn_tokens(3, 11), {}
+    for tie in ("(Q, K, V)", "(Q=K, V)", "(Q, K=V)", "(Q=K=V)", "3V = -2K"):
+        spec = GPT2.with_changes(tie=tie)
+        cache = TiedCache(spec)
+        step(drawn_model(spec), cache, tokens)
+        measured[tie] = cache.nbytes
+        assert [len(streams) for streams in cache] == [spec.attention(0).tie.cached_tensors] * 2
+    assert set(measured.values()) == {measured["(Q, K, V)"], measured["(Q, K, V)"] // 2}
+    assert measured["(Q, K=V)"] * 2 == measured["(Q=K, V)"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")]
+)
+def test_bytes_follow_the_dtype(dtype: torch.dtype, name: str):
+    model, cache = drawn_model(LLAMA).to(dtype), TiedCache(LLAMA)
+    for part in drawn_tokens(2, 7).split([4, 1, 2], dim=1):
+        step(model, cache, part)
+    assert cache.nbytes == 2 * 7 * cached_bytes_per_token(LLAMA, name)
+
+
+def test_bytes_count_storages():
+    """A view costs nothing twice, and a slice costs all that it keeps alive."""
+    tensor = torch.zeros(10, 4)
+    assert storage_bytes([tensor, tensor[2:], tensor.T]) == 160
+    assert storage_bytes([tensor[:1]]) == 160
+    assert storage_bytes([tensor, torch.zeros(1)]) == 164
+
+
+def test_a_trimmed_window_keeps_nothing_else_alive():
+    layer = TiedLayer(window_tokens=3)
+    layer.append([torch.zeros(2, 1, 50, 8)])
+    assert layer.nbytes == 2 * 3 * 8 * 4
+    layer.crop(-1)
+    assert layer.nbytes == 2 * 2 * 8 * 4
+
+
+# Transformers' side, and mistakes
+
+
+def test_a_layer_answers_what_transformers_asks():
+    cache = TiedCache(LLAMA.with_changes(window_tokens=(3, 0)))
+    assert (len(cache), cache.batch_size, cache.get_seq_length(), cache.nbytes) == (2, -1, 0, 0)
+    assert (cache.is_sliding, cache.is_compileable, cache.get_max_length()) == ([True, False], False, -1)
+    assert cache.layers[0].keys is None
+    assert cache.layers[0].values is None
+    for layer in cache.layers:
+        layer.append([torch.zeros(2, 3, 5, 8), torch.ones(2, 3, 5, 8)])
+    assert cache.get_mask_sizes(2, 0) == (2 + 2, 3)
+    assert cache.get_mask_sizes(2, 1) == (7, 0)
+    assert cache.batch_size == 2
+    first = cache.layers[0]
+    assert first.keys is first.streams[0]
+    assert first.values is first.streams[1]
+    first.reset()
+    assert (first.get_seq_length(), first.nbytes, first.keys) == (0, 0, None)
+
+
+def test_mistakes():
+    cache = TiedCache(LLAMA)
+    cache.layers[0].append([torch.zeros(2, 3, 5, 8)])
+    with pytest.raises(TwofoldError, match=r"\(2, 3, 8\).*was given.*\(1, 3, 8\)"):
+        cache.layers[0].append([torch.zeros(1, 3, 1, 8)])
+    with pytest.raises(TwofoldError, match="one cache for one batch"):
+        cache.layers[0].append([torch.zeros(2, 3, 1, 8)] * 2)
+    with pytest.raises(TwofoldError, match="streams, not keys and values"):
+        cache.layers[0].keys = torch.zeros(1)
+    with pytest.raises(TwofoldError, match="streams, not keys and values"):
+        cache.layers[0].values = torch.zeros(1)
+    for impossible in (1, -6):
+        with pytest.raises(TwofoldError, match=f"5 tokens cannot be cropped by {impossible}"):
+            cache.layers[0].crop(impossible)
+    with pytest.raises(TwofoldError, match=r"DynamicCache keeps keys and values apart.*TiedCache"):
+        LayerView(DynamicCache(), 0)
+    with pytest.raises(TwofoldError, match="TiedCache"):
+        LayerView(cache, 2)
+
+
+def test_a_model_refuses_a_cache_that_is_not_its_own():
+    model, tokens = drawn_model(LLAMA), drawn_tokens(2, 3)
+    with pytest.raises(TwofoldError, match="keeps keys and values apart"):
+        step(model, DynamicCache(), tokens)
+    other = TiedCache(LLAMA.with_changes(head_dim=16))
+    step(drawn_model(LLAMA.with_changes(head_dim=16)), other, tokens)
+    with pytest.raises(TwofoldError, match="use one cache for one batch of one model"):
+        step(model, other, tokens)
