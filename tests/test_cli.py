@@ -38,7 +38,7 @@ def python(*arguments: str, **options: object) -> subprocess.CompletedProcess[st
 
 
 def test_importing_twofold_imports_no_torch():
-    check = "import sys, twofold; twofold.Tie.parse('V = Q - K'); sys.exit(','.join({'torch', 'numpy', 'pandas', 'typer'} & {*sys.modules}))"
+    check = "import sys, twofold; twofold.Tie.parse('V = Q - K'); sys.exit(','.join({'torch', 'numpy', 'pandas', 'typer'} & {*sys.modules}) or 0)"
     done = python("-c", check)
     assert done.returncode == 0, done.stderr
 
@@ -49,7 +49,7 @@ def test_importing_twofold_imports_no_torch():
 def test_explain_answers_at_once_and_imports_nothing_heavy(arguments: list[str]):
     run = f"import sys; sys.argv = ['twofold', 'explain', *{arguments!r}]; import twofold.cli\ntry: twofold.cli.main()\nexcept SystemExit: pass\n"
     # Typer itself brings pydantic, whose core is quick to load.
-    heavy = "loaded = {'torch', 'transformers', 'pandas', 'numpy', 'accelerate'} & {*sys.modules}; sys.exit(','.join(loaded))"
+    heavy = "loaded = {'torch', 'transformers', 'pandas', 'numpy', 'accelerate'} & {*sys.modules}; sys.exit(','.join(loaded) or 0)"
     done = python("-c", run + heavy)
     assert done.returncode == 0, done.stderr
     assert (
@@ -67,9 +67,9 @@ def _processor_seconds(arguments: list[str]) -> float:
 
 def test_the_speed_check_can_fail():
     before = time.process_time()
-    assert (
-        _processor_seconds(["-c", f"import time\nwhile time.process_time() < {ANSWER_SECONDS}: pass"]) >= ANSWER_SECONDS
-    )
+    # A little more, because the system counts a process's seconds in coarse ticks.
+    busy = f"import time\nwhile time.process_time() < {ANSWER_SECONDS + 0.05}: pass"
+    assert _processor_seconds(["-c", busy]) >= ANSWER_SECONDS
     assert time.process_time() - before < ANSWER_SECONDS
 
 

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     import transformers
 
     from twofold import cache, cost, kernels, models, presets
+    from twofold.models import quiet
 else:
     torch, transformers = Lazy("torch"), Lazy("transformers")
     cache, cost, kernels = Lazy("twofold.cache"), Lazy("twofold.cost"), Lazy("twofold.kernels")
-    models, presets = Lazy("twofold.models"), Lazy("twofold.presets")
+    models, presets, quiet = Lazy("twofold.models"), Lazy("twofold.presets"), Lazy("twofold.models.quiet")
 
 PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy", "pandas", "safetensors", "plotly", "pydantic")
 EXTRAS: Mapping[str, tuple[str, ...]] = {
@@ -306,7 +307,7 @@ def _try_transformers() -> str:
 def _try_checkpoint() -> str:
     spec = presets.PRESETS["tiny"].with_changes(num_hidden_layers=1)
     model = models.build_model(spec, seed=0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet.without_bars():
         model.save_pretrained(folder)
         read = models.load_model(folder).state_dict()
     _require(all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items()), "weights changed")

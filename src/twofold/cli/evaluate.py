@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,8 +44,8 @@ def command(
     task: TaskName = "",
     option: TaskOptions = None,
     batch_size: Annotated[
-        int, typer.Option(help="Examples at a time.", metavar="N", min=1, show_default="as trained")
-    ] = 0,
+        int | None, typer.Option(help="Examples at a time.", metavar="N", min=1, show_default="as trained")
+    ] = None,
     device: Device = "auto",
     backend: BackendName = "auto",
     as_json: Json = False,
@@ -78,7 +79,7 @@ def _task_of(run: RunSpec, asked: TaskSpec) -> TaskSpec:
     return TaskSpec(name=run.task.name, options={**run.task.options, **asked.options})
 
 
-def _check(model: ModelSpec, dictated: dict[str, Any], folder: Path, task: TaskSpec) -> None:
+def _check(model: ModelSpec, dictated: Mapping[str, Any], folder: Path, task: TaskSpec) -> None:
     """Raise TwofoldError where the model does not read what the task gives."""
     for name, wanted in dictated.items():
         has = getattr(model, name)

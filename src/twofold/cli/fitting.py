@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     import torch
 
     from twofold import kernels, tasks
+    from twofold.models import quiet
 else:
     torch, kernels, tasks = Lazy("torch"), Lazy("twofold.kernels"), Lazy("twofold.tasks")
+    quiet = Lazy("twofold.models.quiet")
 
 PANEL = "Training"
 CPU_VARIABLE = "ACCELERATE_USE_CPU"
@@ -110,7 +112,8 @@ def computing_on(device: str) -> Iterator[torch.device]:
     if not has_gpu:
         os.environ[CPU_VARIABLE] = "true"
     try:
-        yield torch.device("cuda" if has_gpu else "cpu")
+        with quiet.without_bars():
+            yield torch.device("cuda" if has_gpu else "cpu")
     finally:
         if before is None:
             os.environ.pop(CPU_VARIABLE, None)

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import typer
-from rich.console import Console
 from rich import progress as rich_progress
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 
 from twofold import picture
@@ -150,8 +150,10 @@ def _time_left(seconds: float | None) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """``0.8 s``, ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
     whole = max(0, round(seconds))
+    if whole < 10:
+        return f"{max(0.0, seconds):.1f} s"
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:

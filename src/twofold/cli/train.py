@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from twofold.cli.examples import Example
-from twofold.cli.fitting import BackendName, Device, Fitting, TaskName, TaskOptions, computing_on, task_spec
+from twofold.cli.fitting import PANEL, BackendName, Device, Fitting, TaskName, TaskOptions, computing_on, task_spec
 from twofold.cli.groups import grouped
 from twofold.cli.output import Json, show, show_json_line
 from twofold.cli.pairs import read_pairs
@@ -23,6 +25,8 @@ from twofold.errors import TwofoldError
 from twofold.lazy import Lazy
 from twofold.presets import preset as find_preset
 from twofold.spec import ModelSpec
+from twofold.tie import TiePattern
+from twofold.training.progress import Outcome, Progress
 from twofold.training.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -70,33 +74,48 @@ def command(
     sizes: Sizes,
     model_field: ModelFields = None,
     fitting: Fitting,
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="Compile the model with torch.compile.", rich_help_panel=PANEL)
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write curves for TensorBoard too.", rich_help_panel=PANEL)
+    ] = False,
     seed: Annotated[int, typer.Option(help="Draws the first weights and the order of the data.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """Train a model on a task. The same command again goes on where the run was stopped."""
+    # What can be refused without torch is refused at once.
+    changes = read_pairs(model_field, "--model-field") | {"tie": TiePattern.parse(tie)}
+    start, training, chosen = find_preset(preset), fitting.spec(), task_spec(task, option)
     with computing_on(device):
         if task:
-            chosen = task_spec(task, option)
-            dictated = tasks.load_task(chosen).model_fields
-            model = model_of(
-                find_preset(preset), sizes, dictated, read_pairs(model_field, "--model-field") | {"tie": tie}
-            )
-            run = RunSpec(task=chosen, model=model, training=fitting.spec(), seed=seed)
+            loaded = tasks.load_task(chosen)
+            model = model_of(start, sizes, loaded.model_fields, changes)
+            run = RunSpec(task=chosen, model=model, training=training, seed=seed)
         else:
             run = _resumed(context, folder)
+            loaded = tasks.load_task(run.task)
         place = folder or default_folder(run)
+        carry_out = partial(
+            trainer.train,
+            run,
+            place,
+            task=loaded,
+            backend=backend,
+            tensorboard=tensorboard,
+            compile_model=compile_model,
+        )
         if as_json:
-            outcome = trainer.train(run, place, backend=backend, report=_print_line)
-            show_json_line(
-                {"event": "outcome", **outcome.to_dict(), "folder": str(place), "model": str(place / "model")}
-            )
+            outcome = carry_out(report=_print_line)
+            ended = {"event": "outcome", **outcome.to_dict(), "folder": str(place), "model": str(place / "model")}
+            show_json_line(ended)
             return
         with RunProgress(f"{run.task.name} {run.model.tie}") as bar:
-            outcome = trainer.train(run, place, backend=backend, report=bar.report)
+            outcome = carry_out(report=bar.report)
         show(_table(run, outcome, place))
 
 
-def model_of(preset: ModelSpec, sizes: Sizes, dictated: dict[str, Any], chosen: dict[str, Any]) -> ModelSpec:
+def model_of(preset: ModelSpec, sizes: Sizes, dictated: Mapping[str, Any], chosen: Mapping[str, Any]) -> ModelSpec:
     """The preset with sizes, fitted to a task: the fields that the task dictates win, and ``chosen`` ones come last.
 
     Raises TwofoldError where a chosen field contradicts the task; positions may be chosen freely.
@@ -107,7 +126,10 @@ def model_of(preset: ModelSpec, sizes: Sizes, dictated: dict[str, Any], chosen: 
                 f"--model-field {name}={value} contradicts the task, which dictates {dictated[name]}: leave it out."
             )
     model = ModelSpec.from_dict({**preset.to_dict(), **NO_INPUTS, **dictated})
-    return sizes.of(model).with_changes(**chosen)
+    try:
+        return sizes.of(model).with_changes(**chosen)
+    except (TypeError, ValueError) as error:
+        raise TwofoldError(f"A --model-field does not fit ({error}): give a number where one belongs.") from None
 
 
 def _resumed(context: typer.Context, folder: Path | None) -> RunSpec:
@@ -117,7 +139,7 @@ def _resumed(context: typer.Context, folder: Path | None) -> RunSpec:
             f"Say what to learn: --task NAME, one of {', '.join(tasks.TASKS)}; or --folder of a run to go on with."
         )
     run = read_run(folder)
-    allowed = {"folder", "device", "backend", "as_json"}
+    allowed = {"folder", "device", "backend", "compile_model", "tensorboard", "as_json"}
     for name in context.params.keys() - allowed:
         if str(getattr(context.get_parameter_source(name), "name", "")) == "COMMANDLINE":
             option = f"--{name.replace('_', '-')}"
@@ -127,11 +149,11 @@ def _resumed(context: typer.Context, folder: Path | None) -> RunSpec:
     return run
 
 
-def _print_line(now: trainer.Progress) -> None:
+def _print_line(now: Progress) -> None:
     show_json_line({"event": "progress", **asdict(now)})
 
 
-def _table(run: RunSpec, outcome: trainer.Outcome, folder: Path) -> Table:
+def _table(run: RunSpec, outcome: Outcome, folder: Path) -> Table:
     """What came of it, in a few lines."""
     table = Table.grid(padding=(0, 2))
     rows = {name.replace("_", " "): f"{value:.4f}" for name, value in outcome.scores.items()}
