@@ -1,0 +1,55 @@
+"""Reports: a study folder turned into one page, Markdown, tables and a picture, at any moment of the study.
+
+The same folder gives the same bytes: nothing here looks at a clock. No torch, no network.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from twofold.errors import TwofoldError
+from twofold.report import files
+from twofold.report.markdown import markdown
+from twofold.report.page import page
+from twofold.report.summary import Summary
+from twofold.study.results import Results
+
+__all__ = ["write"]
+
+FOLDER_NAME = "report"
+
+
+def write(folder: Path) -> list[Path]:
+    """Write the report of a study folder into ``folder/report`` and give the files, the page first.
+
+    Each file is replaced whole, so a reader never meets half of one. Raises TwofoldError where the folder is no study's or cannot be
+    written.
+    """
+    folder = Path(folder)
+    summary = Summary(Results.load(folder))
+    command = f"twofold study report {shlex.quote(_shown(folder))}"
+    texts = {
+        "runs.csv": files.runs_csv(summary),
+        "curves.csv": files.curves_csv(summary),
+        "differences.csv": files.differences_csv(summary),
+        "report.json": files.report_json(summary, command),
+        "report.md": markdown(summary, command),
+    }
+    if summary.sections and summary.sections[0].measured:
+        texts["frontier.svg"] = files.frontier_svg(summary.sections[0])
+    target = folder / FOLDER_NAME
+    try:
+        target.mkdir(exist_ok=True)
+        written = [files.write_text(target / name, text) for name, text in texts.items()]
+        return [files.write_text(target / "index.html", page(summary, texts, command)), *written]
+    except OSError as error:
+        raise TwofoldError(
+            f"The report cannot be written to {target} ({error.strerror or error}): make room or choose a folder that can be written."
+        ) from None
+
+
+def _shown(folder: Path) -> str:
+    """The folder as the command names it: not where it lies on this machine."""
+    resolved = folder.resolve()
+    return f"studies/{resolved.name}" if resolved.parent.name == "studies" else resolved.name

@@ -1,0 +1,218 @@
+"""The central figure: loss against cached bytes per token, every variant on it, and the Pareto front with its uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from twofold.report import markers
+from twofold.report.drawing import Scale, binary_ticks, bottom_axis, coordinate, group, horizontal_grid, svg, tag, text_width
+from twofold.report.numbers import byte_count, metric_name, share, with_interval
+from twofold.report.summary import Section, VariantSummary
+
+TOP, BOTTOM, LEFT = 40, 62, 58
+MAX_DODGE = 15.0
+LOG_LOSS_RATIO = 8.0
+CAP = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Point:
+    variant: VariantSummary
+    x: float
+    column: float
+    y: float
+
+
+def frontier(section: Section, width: float = 880, height: float = 460, *, static: bool = False) -> Markup:
+    """The figure as SVG. ``static`` leaves out what only a page can use."""
+    variants = section.measured
+    y = _loss_scale(variants, TOP, height - BOTTOM)
+    x = _cost_scale(section, width)
+    points = _points(variants, x, y)
+    placed = _labels(points, width, height, y)
+    numbered = len(placed) < 0.75 * len(points)
+    if numbered:
+        placed = _labels(points, width, height, y, numbered=True)
+    key = _key(points, width, height) if numbered else []
+    right = width - 8
+    parts = [
+        tag("text", f"{metric_name(section.loss_metric)}, held out (lower is better)", x=0.0, y=16.0, class_="axis-title"),
+        horizontal_grid(y, LEFT, right, wanted=5),
+        bottom_axis(x, _cost_ticks(x, width), height - BOTTOM, _cost_label(section)),
+        tag("text", _cost_title(section), x=float(LEFT), y=height - 16.0, class_="axis-title"),
+        _front_line(section, points, x, y, right),
+        group([_error_bar(point, y) for point in points]),
+        group([_drawn(point, section, static=static) for point in points]),
+        *markers.labels(placed),
+        *key,
+    ]
+    return svg(parts, width, height + _key_height(len(points), width) * numbered, label=alternative(section), class_="frontier")
+
+
+def alternative(section: Section) -> str:
+    """The figure in words."""
+    costs = [variant.cost for variant in section.measured]
+    front = ", ".join(variant.label for variant in section.front)
+    label = _cost_label(section)
+    return (
+        f"{metric_name(section.loss_metric)} against the cache of {len(costs)} variants, from {label(min(costs))} to "
+        f"{label(max(costs))} per token. On the Pareto front, cheapest first: {front}. All values are in the table below the figure."
+    )
+
+
+# Scales
+
+
+def _loss_scale(variants: Sequence[VariantSummary], top: float, bottom: float) -> Scale:
+    """Room for all means, and for their intervals up to as much again: intervals over two seeds may be huge."""
+    means = [variant.loss.mean for variant in variants]
+    low, high = min(means), max(means)
+    is_log = low > 0 and high / low > LOG_LOSS_RATIO
+    if is_log:
+        low, high = math.log(low), math.log(high)
+    spread = (high - low) or 0.1 * abs(high) or 1.0
+    lows, highs = ([getattr(v.loss, end) for v in variants if math.isfinite(getattr(v.loss, end))] for end in ("low", "high"))
+    if is_log:
+        lows, highs = ([math.log(value) for value in values if value > 0] for values in (lows, highs))
+    low, high = max(min([low, *lows]), low - 0.6 * spread), min(max([high, *highs]), high + 0.6 * spread)
+    low, high = low - 0.06 * (high - low or spread), high + 0.06 * (high - low or spread)
+    if is_log:
+        low, high = math.exp(low), math.exp(high)
+    return Scale(low=low, high=high, start=bottom, end=top, is_log=is_log)
+
+
+def _cost_scale(section: Section, width: float) -> Scale:
+    costs = [variant.cost for variant in section.measured]
+    low, high = min(costs), max(costs)
+    if high / low < 2:
+        low, high = low / math.sqrt(2), high * math.sqrt(2)
+    longest = max((text_width(v.label, markers.LABEL_SIZE) for v in section.measured if v.cost >= 0.99 * max(costs)), default=0)
+    room = min(longest + 30, 0.24 * width)
+    return Scale(low=low, high=high, start=LEFT + 36, end=width - 8 - room, is_log=True)
+
+
+def _cost_ticks(x: Scale, width: float) -> list[float]:
+    ticks = binary_ticks(x.low, x.high)
+    return ticks[:: max(1, math.ceil(len(ticks) * 60 / width))]
+
+
+def _cost_label(section: Section):
+    return (lambda value: f"{value:.3g} ×") if section.is_grid else byte_count
+
+
+def _cost_title(section: Section) -> str:
+    if section.is_grid:
+        return f"cache per token, as a share of {section.reference.label}’s (log scale)"
+    return "cached bytes per token in bfloat16, all layers (log scale)"
+
+
+# Points
+
+
+def _points(variants: Sequence[VariantSummary], x: Scale, y: Scale) -> list[_Point]:
+    """Variants of equal cost stand side by side, the best in the middle."""
+    columns: dict[float, list[VariantSummary]] = {}
+    for variant in sorted(variants, key=lambda v: (v.cost, v.loss.mean)):
+        columns.setdefault(round(math.log2(variant.cost), 3), []).append(variant)
+    centres = sorted(x(members[0].cost) for members in columns.values())
+    gaps = [b - a for a, b in zip(centres, centres[1:], strict=False)] or [x.end - x.start]
+    points = []
+    for members in columns.values():
+        step = min(MAX_DODGE, 0.6 * min(gaps) / len(members))
+        for index, variant in enumerate(members):
+            offset = step * ((index + 1) // 2) * (-1 if index % 2 else 1)
+            centre = x(variant.cost)
+            points.append(_Point(variant=variant, x=centre + offset, column=centre, y=y(variant.loss.mean)))
+    return points
+
+
+def _kind(variant: VariantSummary) -> str:
+    return "reference" if variant.is_reference else variant.kind
+
+
+def _drawn(point: _Point, section: Section, *, static: bool) -> Markup:
+    shape = markers.marker(_kind(point.variant), point.x, point.y, class_="on-front" if point.variant.on_front else "")
+    if static:
+        return shape
+    hit = tag("circle", cx=point.x, cy=point.y, r=13.0, class_="hit")
+    return tag(
+        "g", hit + shape, class_="point", tabindex="0", role="img", aria_label=" · ".join(_words(point.variant, section)),
+        data_tip="\n".join(_words(point.variant, section)),
+    )  # fmt: skip
+
+
+def _words(variant: VariantSummary, section: Section) -> list[str]:
+    cost = _cost_label(section)(variant.cost) + (" of the reference’s cache" if section.is_grid else " cached per token")
+    lines = [variant.label, f"{metric_name(section.loss_metric)} {with_interval(variant.loss)}, n = {variant.loss.n}", cost]
+    if math.isfinite(variant.front_frequency):
+        lines.append(f"on the front in {share(variant.front_frequency)} of resamples")
+    return lines
+
+
+def _error_bar(point: _Point, y: Scale) -> Markup:
+    """The interval; an end that leaves the figure has no cap."""
+    loss = point.variant.loss
+    if not math.isfinite(loss.low):
+        return Markup()
+    ends = [y(min(max(value, y.low), y.high)) for value in (loss.low, loss.high)]
+    parts = [tag("line", x1=point.x, x2=point.x, y1=ends[0], y2=ends[1])]
+    for value, end in zip((loss.low, loss.high), ends, strict=True):
+        if y.holds(value):
+            parts.append(tag("line", x1=point.x - CAP, x2=point.x + CAP, y1=end, y2=end))
+    return group(parts, class_=f"error {_kind(point.variant)}")
+
+
+def _front_line(section: Section, points: Sequence[_Point], x: Scale, y: Scale, right: float) -> Markup:
+    front = sorted((point for point in points if point.variant.on_front), key=lambda point: point.column)
+    if not front:
+        return Markup()
+    corners = [(front[0].column, y.end)]
+    for point in front:
+        corners += [(point.column, corners[-1][1]), (point.column, point.y)]
+    corners.append((right, front[-1].y))
+    return tag("path", d="M" + " ".join(f"{coordinate(a)},{coordinate(b)}" for a, b in corners), class_="front-line")
+
+
+# Labels
+
+
+def _labels(
+    points: Sequence[_Point], width: float, height: float, y: Scale, *, numbered: bool = False
+) -> list[markers.Placed]:
+    obstacles = [markers.Box(left=p.x - 7, top=p.y - 7, right=p.x + 7, bottom=p.y + 7) for p in points]
+    for point in points:
+        loss = point.variant.loss
+        if math.isfinite(loss.low):
+            low, high = (y(min(max(value, y.low), y.high)) for value in (loss.low, loss.high))
+            obstacles.append(markers.Box(left=point.x - 4, top=high, right=point.x + 4, bottom=low))
+    anchors = [
+        markers.Anchor(x=point.x, y=point.y, text=str(index + 1) if numbered else point.variant.label)
+        for index, point in enumerate(points)
+    ]
+    room = markers.Box(left=LEFT - 6, top=TOP - 14, right=width, bottom=height - BOTTOM + 2)
+    return list(markers.place(anchors, obstacles, room).values())
+
+
+def _key(points: Sequence[_Point], width: float, height: float) -> list[Markup]:
+    """What the numbers stand for, under the plot."""
+    columns = _key_columns(width)
+    parts = []
+    for index, point in enumerate(points):
+        x = 4 + (index % columns) * width / columns
+        y = height + 12.0 + (index // columns) * 20
+        parts.append(tag("text", f"{index + 1}", x=x + 12, y=y, class_="tick", text_anchor="end"))
+        parts.append(markers.marker(_kind(point.variant), x + 25, y - 4.5, size=4.5))
+        parts.append(tag("text", point.variant.label, x=x + 36, y=y, class_="label"))
+    return parts
+
+
+def _key_columns(width: float) -> int:
+    return max(1, int(width // 260))
+
+
+def _key_height(points: int, width: float) -> float:
+    return 20.0 * math.ceil(points / _key_columns(width)) + 6

@@ -1,0 +1,70 @@
+"""The report as Markdown: the answer, the central table of each task, failures and provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twofold.report import rows
+from twofold.report.answer import answer, status
+from twofold.report.numbers import metric_name
+from twofold.report.page import run_command
+from twofold.report.summary import Section, Summary
+
+_SIGNIFICANT = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_{}[]<>#|~"})
+
+
+def markdown(summary: Summary, report_command: str) -> str:
+    """The whole report as text."""
+    plan = summary.plan
+    parts = [f"# {escape(plan.title)}", escape(plan.question), f"**{status(summary)}**"]
+    if summary.sections and summary.sections[0].measured:
+        parts.append("![Loss against cached bytes per token](frontier.svg)")
+    for section in summary.sections:
+        parts += _section(summary, section)
+    if summary.failures:
+        cells = [[f.task, f.label, str(f.seed), f.error] for f in summary.failures]
+        parts += ["## Failed runs", table(["Task", "Variant", "Seed", "What happened"], cells, numbers_from=2)]
+    parts += [
+        "## Provenance",
+        f"Run with `{run_command(summary)}`, drawn by `{report_command}`.",
+        table(["", ""], [list(row) for row in rows.provenance(summary)], numbers_from=2),
+        "Intervals are 95% intervals of Student's t over seeds; differences are paired by seed.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(summary: Summary, section: Section) -> list[str]:
+    parts = [f"## {escape(section.title)}", escape(f"{section.description} {rows.facts(summary, section)}")]
+    if not section.measured:
+        return [*parts, "No run of this task has ended yet."]
+    has_score = section.score != section.loss_metric
+    loss, score = metric_name(section.loss_metric), metric_name(section.score)
+    head = ["Variant", "Tie", "Parameters", rows.cost_name(section), loss, *([score] if has_score else []), f"Δ {loss}", "n",
+            "On the front", "Time / run", "Failed"]  # fmt: skip
+    front = {row["label"]: row for row in rows.front_rows(section)}
+    cells = []
+    for row in rows.variant_rows(section):
+        own = front.get(row["label"])
+        on_front = f"{'yes' if own['on_front'] else 'no'} ({own['frequency']})" if own else "–"
+        cells.append([
+            row["label"], row["tie"], row["parameters"], row["cost"], f"{row['loss']} {row['loss_bounds']}",
+            *([f"{row['score']} {row['score_bounds']}"] if has_score else []),
+            f"{row['difference']} {row['difference_bounds']}", str(row["n"]), on_front, row["time"], str(row["failed"]),
+        ])  # fmt: skip
+    parts += [escape(" ".join(answer(section))), table(head, cells, numbers_from=2)]
+    for group in rows.difference_rows(section)[1:]:
+        shown = [[row["label"], row["mean"], row["bounds"], str(row["n"])] for row in group["rows"]]
+        parts += [f"### {escape(group['heading'])}", table(["Variant", f"Δ {loss}", "95% interval", "n"], shown, numbers_from=1)]
+    return [*parts, f"Made by `{run_command(summary, section)}`."]
+
+
+def table(head: Sequence[str], cells: Sequence[Sequence[str]], *, numbers_from: int) -> str:
+    """A Markdown table; columns from ``numbers_from`` on stand to the right."""
+    rule = ["---" if index < numbers_from else "---:" for index in range(len(head))]
+    lines = [[escape(cell) for cell in head], rule, *([escape(cell.strip()) for cell in row] for row in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape(text: str) -> str:
+    """The text with every sign that Markdown reads made plain, on one line."""
+    return " ".join(text.split()).translate(_SIGNIFICANT)

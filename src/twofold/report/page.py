@@ -1,0 +1,176 @@
+"""The page: one HTML file with everything in it, which works when it is opened as a file, without a network, and without scripts."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import shlex
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from twofold.report import rows
+from twofold.report.answer import answer, status
+from twofold.report.curves import Curve, curves
+from twofold.report.forest import forest
+from twofold.report.frontier import frontier
+from twofold.report.lines import lines, style
+from twofold.report.numbers import duration, metric_name
+from twofold.report.summary import Section, Summary
+
+WIDE, NARROW = 880, 344
+MAX_EMBEDDED_BYTES = 1_500_000
+RELOAD_SECONDS = {"running": 10, "stopped": 60}
+
+FILE_WORDS = {
+    "runs.csv": "every run: scores, parameters, cache, time, status",
+    "curves.csv": "every logged value of every run",
+    "differences.csv": "paired differences with t and bootstrap intervals",
+    "report.json": "all of the above that is summary, for programs",
+    "report.md": "this report as text",
+    "frontier.svg": "the central figure of the first task",
+}
+FILE_TYPES = {"csv": "text/csv", "json": "application/json", "md": "text/markdown", "svg": "image/svg+xml"}
+
+
+def page(summary: Summary, files: Mapping[str, str], report_command: str) -> str:
+    """The whole page. ``files`` are the tables beside it, which it also holds where they are not too large."""
+    views = [_view(summary, section) for section in summary.sections]
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            plan=summary.plan,
+            css=_text("figure.css") + _text("style.css"),
+            theme_js=_text("theme.js"),
+            page_js=_text("page.js"),
+            reload_seconds=_reload_seconds(summary),
+            meter=[(state, summary.states[state]) for state in ("done", "running", "failed", "pending") if summary.states[state]],
+            status=status(summary),
+            standing=_standing(summary),
+            answers=[view for view in views if view["answer"]],
+            overview=rows.overview(summary),
+            sections=views,
+            failures=rows.failure_rows(summary),
+            run_command=run_command(summary),
+            report_command=report_command,
+            provenance=rows.provenance(summary),
+            plan_json=json.dumps(summary.plan.to_dict(), indent=2, ensure_ascii=False),
+            hashes=rows.hashes(summary),
+            files=[_file(name, content) for name, content in files.items()],
+        )
+    )
+
+
+def run_command(summary: Summary, section: Section | None = None) -> str:
+    """The command that makes the study's runs again, or those of one section."""
+    command = str(summary.results.provenance.get("command") or f"twofold study run {shlex.quote(summary.plan.name)}")
+    if section is None or " --only" in command or len(summary.results.tasks) == 1:
+        return command
+    return f"{command} --only {shlex.quote(section.name)}"
+
+
+def figure_style() -> str:
+    """The style of figures that stand alone: light, so that it reads on any ground."""
+    return _text("figure.css")
+
+
+def _view(summary: Summary, section: Section) -> dict[str, Any]:
+    view: dict[str, Any] = {
+        "id": rows.section_id(section),
+        "section": section,
+        "facts": rows.facts(summary, section),
+        "answer": answer(section),
+        "command": run_command(summary, section),
+        "cost_name": rows.cost_name(section),
+        "loss_name": metric_name(section.loss_metric),
+        "score_name": metric_name(section.score),
+        "has_score": section.score != section.loss_metric,
+        "rows": rows.variant_rows(section),
+        "front_rows": rows.front_rows(section),
+        "curves": [] if section.is_grid else _curve_panels(summary, section),
+        "curve_tables": [] if section.is_grid else rows.curve_tables(section, curves(summary, section)),
+        "legend": [{"name": v.name, "label": v.label, "style": style(v)} for v in section.variants],
+        "differences": rows.difference_rows(section),
+        "grid": rows.grid(summary, section) if section.is_grid else None,
+    }
+    if section.measured:
+        view |= {"frontier_wide": frontier(section, WIDE), "frontier_narrow": frontier(section, NARROW, 340)}
+    if view["differences"]:
+        view |= {"forest_wide": forest(section, WIDE), "forest_narrow": forest(section, NARROW)}
+    return view
+
+
+def _curve_panels(summary: Summary, section: Section) -> list[dict[str, Any]]:
+    """Held out, training, and held out minus the reference: whichever has anything to show."""
+    shown = curves(summary, section)
+    held_out, train = metric_name(section.loss_metric), metric_name(shown.metric)
+    reference = section.reference.label
+    candidates: list[tuple[str, str, str, tuple[Curve, ...]]] = [
+        ("held_out", "Held out", f"{held_out}, held out", shown.held_out),
+        ("train", "Training", f"{train}, training batches", shown.train),
+        ("difference", "Held out, minus reference", f"{held_out}, held out, minus {reference}’s (paired by seed)", shown.difference),
+    ]
+    return [_panel(section, *candidate) for candidate in candidates if candidate[3]]
+
+
+def _panel(section: Section, key: str, name: str, title: str, shown: tuple[Curve, ...]) -> dict[str, Any]:
+    variants = {variant.name: variant for variant in section.variants}
+    seeds = sorted({curve.n for curve in shown})
+    n = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    words = "Below zero is better than the reference at that moment. " if key == "difference" else ""
+    return {
+        "key": key,
+        "name": name,
+        "caption": f"{words}n = {n} seeds.",
+        "wide": lines(shown, variants, title, WIDE, has_zero=key == "difference", name=f"{section.name}-{key}"),
+        "narrow": lines(shown, variants, title, NARROW, has_zero=key == "difference", name=f"{section.name}-{key}"),
+    }
+
+
+def _reload_seconds(summary: Summary) -> int:
+    if summary.is_complete:
+        return 0
+    return RELOAD_SECONDS["running" if summary.is_running else "stopped"]
+
+
+def _standing(summary: Summary) -> str:
+    """What is to be done, or waited for."""
+    if summary.is_complete:
+        return "The study is complete."
+    if not summary.is_running:
+        return "Nobody is running it now; the same command goes on where it stopped." if summary.states["done"] else ""
+    seconds = [v.seconds for section in summary.sections for v in section.variants if v.done]
+    workers = summary.results.provenance.get("workers")
+    if not seconds or not isinstance(workers, int) or workers < 1:
+        return ""
+    left = (summary.states["pending"] + summary.states["running"] / 2) * sum(seconds) / len(seconds) / workers
+    return f"About {duration(left)} left, by the mean time of the runs that are done."
+
+
+def _file(name: str, content: str) -> dict[str, Any]:
+    packed = gzip.compress(content.encode(), mtime=0) if len(content) < 40 * MAX_EMBEDDED_BYTES else b""
+    embedded = 0 < len(packed) <= MAX_EMBEDDED_BYTES
+    return {
+        "name": name,
+        "words": FILE_WORDS[name],
+        "type": FILE_TYPES[name.rpartition(".")[2]],
+        "embedded": embedded,
+        "content": base64.b64encode(packed).decode() if embedded else "",
+    }
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("twofold.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+@cache
+def _text(name: str) -> str:
+    return (resources.files("twofold.report") / name).read_text(encoding="utf-8")
