@@ -83,8 +83,12 @@ def drawn_model(spec: ModelSpec, seed: int = 0, *, std: float = 0.5, **options: 
     model = build_model(spec, seed=0, **options).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
+        for name, parameter in model.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std
+            if "norm" in name and name.endswith("weight"):
+                drawn += 1.0
+            # With biases as large as weights, a small model says the same whatever it reads.
+            parameter.copy_(0.2 * drawn if name.endswith("bias") else drawn)
     return model
 
 
@@ -110,3 +114,11 @@ def drawn_inputs(
         return {"input_ids": tokens, "labels": labels}
     features = torch.randn(batch, 7, spec.feature_size, generator=generator, dtype=dtype)
     return {"features": features, "labels": labels}
+
+
+def recompute_layers(model: TwofoldPreTrainedModel) -> None:
+    """Gradient checkpointing, by whichever name the installed Transformers has for it."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()

@@ -105,7 +105,9 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
 
     def _recomputes_layers(self) -> bool:
         """Whether layers are computed again on the way back, which would append their tokens to a cache twice."""
-        return self.training and torch.is_grad_enabled() and self.is_gradient_checkpointing
+        # Asked of the layers: the model's own answer has another name in each release of Transformers.
+        recomputes = any(layer.gradient_checkpointing for layer in self.trunk.layers)
+        return recomputes and self.training and torch.is_grad_enabled()
 
     @staticmethod
     def _next_labels(sequence: Sequence, labels: Tensor, logits: Tensor) -> Tensor:
