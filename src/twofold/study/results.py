@@ -34,6 +34,7 @@ RUN_COLUMNS = (
 )  # fmt: skip
 ENTRY_COLUMNS = tuple(name for name in RUN_COLUMNS if name in {field.name for field in fields(Entry)})
 CURVE_COLUMNS = ("task", "variant", "seed", "step", "tokens", "split", "metric", "value")
+CURVE_NUMBERS = {"seed": "int64", "step": "int64", "tokens": "int64", "value": "float64"}
 # Keys of a line of metrics.jsonl that are not metrics.
 LINE_KEYS = frozenset({"step", "tokens", "seconds", "split"})
 
@@ -65,7 +66,8 @@ class Results:
             plan=record.plan,
             provenance=dict(record.provenance),
             runs=pd.DataFrame(rows, columns=_columns(rows)),
-            curves=pd.DataFrame(points, columns=list(CURVE_COLUMNS)),
+            # Without a single point there are no types to be found out.
+            curves=pd.DataFrame(points, columns=list(CURVE_COLUMNS)).astype(CURVE_NUMBERS),
             tasks=dict(record.tasks),
         )
 
