@@ -49,7 +49,12 @@ class TrainingSpec:
         _require(self, "learning_rate", 0 < self.learning_rate < float("inf"), "a positive number")
         _require(self, "min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
         _require(self, "decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
-        _require(self, "betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 up to 1")
+        _require(
+            self,
+            "betas",
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "two numbers from 0 up to 1",
+        )
         _require(self, "schedule", self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}")
         _require(self, "precision", self.precision in get_args(Precision), f"one of {', '.join(get_args(Precision))}")
         if self.batch_size % self.accumulation_steps:
@@ -96,7 +101,9 @@ class RunSpec:
                 seed=int(values["seed"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise TwofoldError(f"This is not a whole run: {error}; a run holds {', '.join(f.name for f in fields(cls))}.") from None
+            raise TwofoldError(
+                f"This is not a whole run: {error}; a run holds {', '.join(f.name for f in fields(cls))}."
+            ) from None
 
     @property
     def fingerprint(self) -> str:
