@@ -5,9 +5,7 @@ A new task is one file with its options, its :class:`Task` and ``KINDS``, and it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from twofold.errors import TwofoldError
@@ -28,21 +26,14 @@ TASKS: Mapping[str, TaskKind] = {
 def load_task(spec: TaskSpec) -> Task:
     """The task of that name with those options. Raises TwofoldError for an unknown name or option, and for data that cannot be had.
 
-    The last few are kept: runs of one process read their data once. A file that changes meanwhile is seen by the next process.
-
     >>> import torch
     >>> from twofold.training.spec import TaskSpec
     >>> load_task(TaskSpec(name="sort", options={"length": 4, "train_size": 8})).train_batch(torch.tensor([0]))["labels"].shape
     torch.Size([1, 4])
     """
-    return _load(spec.name, json.dumps(dict(spec.options), sort_keys=True))
-
-
-@lru_cache(maxsize=4)
-def _load(name: str, options: str) -> Task:
-    if name not in TASKS:
+    if spec.name not in TASKS:
         raise TwofoldError(
-            f"There is no task {name!r}{near_miss(name, list(TASKS))}; the tasks are {', '.join(TASKS)}."
+            f"There is no task {spec.name!r}{near_miss(spec.name, list(TASKS))}; the tasks are {', '.join(TASKS)}."
         )
-    kind, values = TASKS[name], json.loads(options)
-    return kind.load(read_options(kind.options, values, name))
+    kind = TASKS[spec.name]
+    return kind.load(read_options(kind.options, spec.options, spec.name))

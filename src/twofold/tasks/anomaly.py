@@ -136,7 +136,8 @@ def _features(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _arrays(path: Path) -> Mapping[str, np.ndarray]:
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because NumPy leaves a file open that it cannot read.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     if path.suffix == ".safetensors":
         return load_file(path)

@@ -237,8 +237,8 @@ def _give(giver: _Stream, taker: _Stream, document: Document) -> None:
 def _cut(document: Document, fraction: float, source: str) -> tuple[list[Document], list[Document]]:
     """The document's beginning, and its last ``fraction``: between two lines where there are some."""
     content = document.content
-    middle = int(len(content) * (1 - fraction))
+    if len(content) < 2:
+        raise TwofoldError(f"{source} is too short: a text of {len(content)} byte has no end to hold out.")
+    middle = min(max(int(len(content) * (1 - fraction)), 1), len(content) - 1)
     middle = content.rfind(b"\n", 0, middle) + 1 or middle
-    if not 0 < middle < len(content):
-        raise TwofoldError(f"{source} is too short: a text of {len(content)} bytes has no end to hold out.")
     return [Document(document.name, content[:middle])], [Document(f"{document.name}, its end", content[middle:])]

@@ -1,0 +1,33 @@
+"""Small tasks of every kind that needs no file, and the sums of a model over batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from twofold.tasks import Task, load_task
+from twofold.training.spec import TaskSpec
+
+LISTS = {"length": 6, "train_size": 40, "held_out_size": 11}
+SMALL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("reverse", "sort", "sub", "swap", "copy"), LISTS),
+    "recall": {"vocab_size": 40, "num_pairs": 3, "length": 14, "train_size": 40, "held_out_size": 11},
+    "digits": {"held_out_size": 11},
+    "anomaly": {"train_size": 40, "held_out_size": 11, "set_size": 5},
+    "text": {"context": 17, "max_bytes": 3_000, "held_out_bytes": 299},
+}
+
+
+def load(name: str, **changes: Any) -> Task:
+    return load_task(TaskSpec(name=name, options=SMALL.get(name, {}) | changes))
+
+
+def totals_of(task: Task, batches, logits_of) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for batch in batches:
+        for name, value in task.measure(logits_of(batch), batch).items():
+            assert value.dtype == torch.float64
+            assert value.ndim == 0
+            totals[name] = totals.get(name, 0.0) + value.item()
+    return totals
