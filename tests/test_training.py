@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -249,6 +250,14 @@ def test_fp16_on_a_cpu_is_told():
         pytest.skip("fp16 works here")
     with pytest.raises(TwofoldError, match=r"fp16 needs a graphics processor.*use bf16 or no"):
         accelerator_of(make_run(precision="fp16").training)
+
+
+def test_a_batch_that_does_not_split_over_the_processes_is_told(monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(
+        TwofoldError, match=r"4 examples \(batch_size / accumulation_steps\) do not split over 3 processes"
+    ):
+        accelerator_of(make_run(accumulation_steps=2).training)
 
 
 # Evaluation

@@ -97,7 +97,11 @@ def carry_out(order: dict[str, Any]) -> None:
     os.environ.update(order.get("environment", {}))
     if order.get("dies_at"):
         die_at(order["folder"], order["dies_at"])
-    train(RunSpec.from_dict(order["run"]), Path(order["folder"]), task=Progressions())
+    try:
+        train(RunSpec.from_dict(order["run"]), Path(order["folder"]), task=Progressions())
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def die_at(folder: str, number: int) -> None:
