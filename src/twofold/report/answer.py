@@ -49,13 +49,13 @@ def compared(a: str, b: str, difference: PairedDifference, metric: str) -> str:
     if not difference.excludes_zero:
         return (
             f"{a} is not told apart from {b}: {number(difference.mean, places, sign=True)} {unit} "
-            f"{bounds(difference, sign=True)}, n = {difference.n}"
+            f"{bounds(difference, sign=True)}, n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{difference.n}"
         )
     low, high = sorted((abs(difference.low), abs(difference.high)))
     verdict = "worse" if difference.mean > 0 else "better"
     return (
         f"{a} is {verdict} than {b} by {number(abs(difference.mean), places)} {unit} "
-        f"[{number(low, places)}, {number(high, places)}], n = {difference.n}"
+        f"[{number(low, places)}, {number(high, places)}], n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{difference.n}"
     )
 
 

@@ -107,5 +107,10 @@ def _curve(name: str, table: pd.DataFrame) -> Curve:
         spread = np.nanstd(values[several], axis=1, ddof=1)
         half[several] = stats.t.ppf(0.975, n[several] - 1) * spread / np.sqrt(n[several])
     return Curve(
-        variant=name, tokens=table.index.to_numpy(dtype=np.float64), mean=mean, low=mean - half, high=mean + half, n=int(n.max())
+        variant=name,
+        tokens=table.index.to_numpy(dtype=np.float64),
+        mean=mean,
+        low=mean - half,
+        high=mean + half,
+        n=int(n.max()),
     )

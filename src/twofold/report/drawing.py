@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup, escape
 
 TEXT_WIDTH = 0.56  # of the font size, the mean advance of a sans-serif letter
@@ -61,6 +62,7 @@ class Scale:
     is_log: bool = False
 
     def __call__(self, value: float) -> float:
+        """The pixel of a value."""
         low, high, at = (math.log(v) if self.is_log else v for v in (self.low, self.high, value))
         return self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start)
 
@@ -109,6 +111,17 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
     places = next((p for p in range(7) if all(math.isclose(round(t, p), t, rel_tol=1e-9) for t in ticks)), 6)
     same = [f"{tick:,.{places}f}".replace("-", "−") for tick in ticks]
     return same if max(map(len, same), default=0) < 7 else [f"{tick:.3g}".replace("-", "−") for tick in ticks]
+
+
+def fences(values: Sequence[float]) -> tuple[float, float]:
+    """Between these a figure shows values in full: Tukey's outer fences, quartiles ± 3 ranges. Infinite for fewer than 6 values.
+
+    One variant that fails would otherwise press all others into a line.
+    """
+    low, high = (float(quartile) for quartile in np.quantile(values, (0.25, 0.75))) if len(values) > 5 else (0.0, 0.0)
+    if not high > low:
+        return -math.inf, math.inf
+    return low - 3 * (high - low), high + 3 * (high - low)
 
 
 def horizontal_grid(scale: Scale, left: float, right: float, wanted: int = 5) -> Markup:

@@ -60,7 +60,12 @@ def report_json(summary: Summary, report_command: str) -> str:
         "study": summary.plan.name,
         "title": summary.plan.title,
         "question": summary.plan.question,
-        "status": {"text": status(summary), "planned": summary.planned, "is_complete": summary.is_complete, **summary.states},
+        "status": {
+            "text": status(summary),
+            "planned": summary.planned,
+            "is_complete": summary.is_complete,
+            **summary.states,
+        },
         "commands": {"run": run_command(summary), "report": report_command},
         "sections": [_section(section) for section in summary.sections],
         "failures": [asdict(failure) for failure in summary.failures],
@@ -78,7 +83,9 @@ def frontier_svg(section: Section) -> str:
     assert view_box
     width, height = (float(size) for size in view_box.groups())
     css = re.sub(r"light-dark\((#\w+), #\w+\)", r"\1", figure_style())
-    card = tag("rect", x=-MARGIN, y=-MARGIN, width=width + 2 * MARGIN, height=height + 2 * MARGIN, rx=10, fill="#ffffff")
+    card = tag(
+        "rect", x=-MARGIN, y=-MARGIN, width=width + 2 * MARGIN, height=height + 2 * MARGIN, rx=10, fill="#ffffff"
+    )
     box = f'viewBox="{-MARGIN} {-MARGIN} {width + 2 * MARGIN:.0f} {height + 2 * MARGIN:.0f}"'
     opened = figure.replace(view_box.group(), box, 1).replace('role="group"', 'role="img"', 1)
     return opened.replace(">", f"><style>{css}</style>{card}", 1) + "\n"

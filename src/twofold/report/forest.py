@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from twofold.report import markers
-from twofold.report.drawing import Scale, bottom_axis, group, svg, tag, tick_labels
-from twofold.report.numbers import metric_name, with_interval
+from twofold.report.drawing import Scale, bottom_axis, fences, group, svg, tag, text_width, tick_labels
+from twofold.report.numbers import common_decimals, metric_name, with_interval
 from twofold.report.summary import Section, VariantSummary
 from twofold.study.statistics import PairedDifference
 
 ROW, HEADING, TOP, BOTTOM = 26.0, 34.0, 8.0, 62.0
+LINE = 18.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,9 @@ class Rows:
 
 def differences(section: Section) -> tuple[Rows, ...]:
     """All differences that have a value: to the reference, sorted; then within equal cache and equal parameters, as the plan matches them."""
-    to_reference = [Row(variant=v, difference=v.difference) for v in section.variants if not v.is_reference and v.difference.n]
+    to_reference = [
+        Row(variant=v, difference=v.difference) for v in section.variants if not v.is_reference and v.difference.n
+    ]
     groups = {f"Against {section.reference.label}, the reference": to_reference}
     for match in section.comparisons:
         if match.difference.n:
@@ -49,30 +52,41 @@ def differences(section: Section) -> tuple[Rows, ...]:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A row as it is drawn. On a narrow figure the texts stand above the bar, on two lines where one is too short for both."""
+
+    row: Row
+    value: str
+    text_lines: int
+
+    @property
+    def height(self) -> float:
+        return ROW + LINE * self.text_lines
+
+
 def forest(section: Section, width: float = 880) -> Markup:
-    """The figure as SVG; narrow ones put each name above its line."""
-    groups = differences(section)
+    """The figure as SVG; narrow ones put each name and value above its bar."""
     is_narrow = width < 600
-    row_height = ROW + (18 if is_narrow else 0)
-    name_width = 0.0 if is_narrow else 0.3 * width
-    value_width = 0.0 if is_narrow else 0.25 * width
-    height = TOP + BOTTOM + sum(HEADING + row_height * len(rows.rows) for rows in groups)
-    x = _scale([row.difference for rows in groups for row in rows.rows], name_width + 14, width - value_width - 14)
+    groups = [(rows.heading, _lines(rows, width)) for rows in differences(section)]
+    height = TOP + BOTTOM + sum(HEADING + sum(line.height for line in lines) for _, lines in groups)
+    start, end = (14.0, width - 14) if is_narrow else (0.3 * width, 0.72 * width)
+    x = _scale([line.row.difference for _, lines in groups for line in lines], start, end)
     ticks = x.ticks(3 if is_narrow else 5)
     names = dict(zip(ticks, tick_labels(ticks), strict=True))
+    words = f"← better · difference in {metric_name(section.loss_metric)} · worse →"
     parts = [
         bottom_axis(x, ticks, height - BOTTOM, names.__getitem__, top=TOP),
         tag("line", x1=x(0), x2=x(0), y1=TOP, y2=height - BOTTOM + 5, class_="zero"),
-        tag("text", f"← better · difference in {metric_name(section.loss_metric)} · worse →",
-            x=(x.start + x.end) / 2, y=height - 14, class_="axis-title", text_anchor="middle"),
+        tag("text", words, x=(start + end) / 2, y=height - 14, class_="axis-title", text_anchor="middle"),
     ]
     y = TOP
-    for rows in groups:
-        parts.append(tag("text", rows.heading, x=0.0, y=y + 20, class_="row-heading"))
+    for heading, lines in groups:
+        parts.append(tag("text", heading, x=0.0, y=y + 20, class_="row-heading"))
         y += HEADING
-        for row in rows.rows:
-            parts += _row(row, x, y, row_height, width)
-            y += row_height
+        for line in lines:
+            parts += _row(line, x, y, width)
+            y += line.height
     return svg(parts, width, height, label=alternative(section), class_="forest")
 
 
@@ -87,29 +101,49 @@ def alternative(section: Section) -> str:
     )
 
 
-def _scale(differences_shown: Sequence[PairedDifference], start: float, end: float) -> Scale:
-    """Zero and all means are on it; of intervals as much as twice the range of the means."""
-    means = [0.0, *(difference.mean for difference in differences_shown)]
+def _lines(rows: Rows, width: float) -> list[_Line]:
+    places = common_decimals(row.difference for row in rows.rows)
+    lines = []
+    for row in rows.rows:
+        value = f"{with_interval(row.difference, places, sign=True)}, n = {row.difference.n}"
+        needed = text_width(row.variant.label) + text_width(value, 12) + 24
+        lines.append(_Line(row=row, value=value, text_lines=0 if width >= 600 else 1 if needed < width else 2))
+    return lines
+
+
+def _scale(shown: Sequence[PairedDifference], start: float, end: float) -> Scale:
+    """Zero and all means but outliers are on it; of intervals as much as their own range again."""
+    lowest, highest = fences([difference.mean for difference in shown])
+    means = [0.0, *(difference.mean for difference in shown if lowest <= difference.mean <= highest)]
     spread = (max(means) - min(means)) or 1.0
-    ends = [value for d in differences_shown for value in (d.low, d.high) if math.isfinite(value)]
+    ends = [value for d in shown if lowest <= d.mean <= highest for value in (d.low, d.high) if math.isfinite(value)]
     low = max(min([*means, *ends]), min(means) - 0.8 * spread)
     high = min(max([*means, *ends]), max(means) + 0.8 * spread)
     return Scale(low=low - 0.04 * (high - low), high=high + 0.04 * (high - low), start=start, end=end)
 
 
-def _row(row: Row, x: Scale, y: float, height: float, width: float) -> list[Markup]:
-    is_narrow = width < 600
-    middle = y + height / 2 + (9 if is_narrow else 0)
-    value = f"{with_interval(row.difference, sign=True)}, n = {row.difference.n}"
-    baseline = y + 16 if is_narrow else middle + 4.5
+def _row(line: _Line, x: Scale, y: float, width: float) -> list[Markup]:
+    row = line.row
+    middle = y + ROW / 2 + LINE * line.text_lines
+    first = y + 16 if line.text_lines else middle + 4.5
+    last = first + LINE * (line.text_lines == 2)
+    indent = 8.0 if line.text_lines else 14.0
     kind = "reference" if row.variant.is_reference else row.variant.kind
-    told = "told" if row.difference.excludes_zero else "not-told"
-    bar = [_interval(row.difference, x, middle), markers.marker(kind, x(row.difference.mean), middle, size=5, class_=told)]
+    value = {"x": indent} if line.text_lines == 2 else {"x": float(width), "text_anchor": "end"}
     return [
-        tag("text", row.variant.label, x=8.0 if is_narrow else 14.0, y=baseline, class_="label"),
-        tag("text", value, x=width, y=baseline, class_="tick value", text_anchor="end"),
-        group(bar, class_=f"difference {kind}"),
+        tag("text", row.variant.label, x=indent, y=first, class_="label"),
+        tag("text", line.value, y=last, class_="tick value", **value),
+        group(_bar(row.difference, x, middle, kind), class_=f"difference {kind}"),
     ]
+
+
+def _bar(difference: PairedDifference, x: Scale, y: float, kind: str) -> list[Markup]:
+    """The interval and its mean; beyond the axis, an arrow."""
+    if not x.holds(difference.mean):
+        at, arrow = (x.end, "→") if difference.mean > x.high else (x.start, "←")
+        return [tag("text", arrow, x=at, y=y + 5, class_="beyond", text_anchor="middle")]
+    told = "told" if difference.excludes_zero else "not-told"
+    return [_interval(difference, x, y), markers.marker(kind, x(difference.mean), y, size=5, class_=told)]
 
 
 def _interval(difference: PairedDifference, x: Scale, y: float) -> Markup:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from twofold.report import markers
-from twofold.report.drawing import Scale, binary_ticks, bottom_axis, coordinate, group, horizontal_grid, svg, tag, text_width
+from twofold.report.drawing import (
+    Scale,
+    binary_ticks,
+    bottom_axis,
+    coordinate,
+    fences,
+    group,
+    horizontal_grid,
+    svg,
+    tag,
+    text_width,
+)
 from twofold.report.numbers import byte_count, metric_name, share, with_interval
 from twofold.report.summary import Section, VariantSummary
 
@@ -25,32 +37,50 @@ class _Point:
     x: float
     column: float
     y: float
+    is_beyond: bool
 
 
 def frontier(section: Section, width: float = 880, height: float = 460, *, static: bool = False) -> Markup:
     """The figure as SVG. ``static`` leaves out what only a page can use."""
+    beyond = outliers(section)
     variants = section.measured
-    y = _loss_scale(variants, TOP, height - BOTTOM)
+    y = _loss_scale([variant for variant in variants if variant.name not in beyond], TOP, height - BOTTOM)
     x = _cost_scale(section, width)
     points = _points(variants, x, y)
-    placed = _labels(points, width, height, y)
+    texts = [_label(point) for point in points]
+    placed = _labels(points, texts, width, height, y)
     numbered = len(placed) < 0.75 * len(points)
     if numbered:
-        placed = _labels(points, width, height, y, numbered=True)
+        numbers = [f"{index + 1}{' ↑' * point.is_beyond}" for index, point in enumerate(points)]
+        placed = _labels(points, numbers, width, height, y)
     key = _key(points, width, height) if numbered else []
     right = width - 8
     parts = [
-        tag("text", f"{metric_name(section.loss_metric)}, held out (lower is better)", x=0.0, y=16.0, class_="axis-title"),
+        tag(
+            "text",
+            f"{metric_name(section.loss_metric)}, held out (lower is better)",
+            x=0.0,
+            y=16.0,
+            class_="axis-title",
+        ),
         horizontal_grid(y, LEFT, right, wanted=5),
         bottom_axis(x, _cost_ticks(x, width), height - BOTTOM, _cost_label(section)),
-        tag("text", _cost_title(section), x=float(LEFT), y=height - 16.0, class_="axis-title"),
-        _front_line(section, points, x, y, right),
+        tag("text", _cost_title(section, width), x=float(LEFT), y=height - 16.0, class_="axis-title"),
+        _front_line(points, y, right),
         group([_error_bar(point, y) for point in points]),
         group([_drawn(point, section, static=static) for point in points]),
         *markers.labels(placed),
         *key,
     ]
-    return svg(parts, width, height + _key_height(len(points), width) * numbered, label=alternative(section), class_="frontier")
+    return svg(
+        parts, width, height + _key_height(len(points), width) * numbered, label=alternative(section), class_="frontier"
+    )
+
+
+def outliers(section: Section) -> set[str]:
+    """Variants whose loss lies so far above the others that they are drawn at the upper edge. Never one on the front."""
+    _, high = fences([variant.loss.mean for variant in section.measured])
+    return {variant.name for variant in section.measured if variant.loss.mean > high and not variant.on_front}
 
 
 def alternative(section: Section) -> str:
@@ -75,7 +105,9 @@ def _loss_scale(variants: Sequence[VariantSummary], top: float, bottom: float) -
     if is_log:
         low, high = math.log(low), math.log(high)
     spread = (high - low) or 0.1 * abs(high) or 1.0
-    lows, highs = ([getattr(v.loss, end) for v in variants if math.isfinite(getattr(v.loss, end))] for end in ("low", "high"))
+    lows, highs = (
+        [getattr(v.loss, end) for v in variants if math.isfinite(getattr(v.loss, end))] for end in ("low", "high")
+    )
     if is_log:
         lows, highs = ([math.log(value) for value in values if value > 0] for values in (lows, highs))
     low, high = max(min([low, *lows]), low - 0.6 * spread), min(max([high, *highs]), high + 0.6 * spread)
@@ -90,7 +122,9 @@ def _cost_scale(section: Section, width: float) -> Scale:
     low, high = min(costs), max(costs)
     if high / low < 2:
         low, high = low / math.sqrt(2), high * math.sqrt(2)
-    longest = max((text_width(v.label, markers.LABEL_SIZE) for v in section.measured if v.cost >= 0.99 * max(costs)), default=0)
+    longest = max(
+        (text_width(v.label, markers.LABEL_SIZE) for v in section.measured if v.cost >= 0.99 * max(costs)), default=0
+    )
     room = min(longest + 30, 0.24 * width)
     return Scale(low=low, high=high, start=LEFT + 36, end=width - 8 - room, is_log=True)
 
@@ -100,13 +134,15 @@ def _cost_ticks(x: Scale, width: float) -> list[float]:
     return ticks[:: max(1, math.ceil(len(ticks) * 60 / width))]
 
 
-def _cost_label(section: Section):
+def _cost_label(section: Section) -> Callable[[float], str]:
     return (lambda value: f"{value:.3g} ×") if section.is_grid else byte_count
 
 
-def _cost_title(section: Section) -> str:
+def _cost_title(section: Section, width: float) -> str:
     if section.is_grid:
-        return f"cache per token, as a share of {section.reference.label}’s (log scale)"
+        return f"cache per token, as a share of {section.reference.label}’s" + " (log scale)" * (width > 600)
+    if width < 600:
+        return "cached bytes per token (bf16, log scale)"
     return "cached bytes per token in bfloat16, all layers (log scale)"
 
 
@@ -119,14 +155,16 @@ def _points(variants: Sequence[VariantSummary], x: Scale, y: Scale) -> list[_Poi
     for variant in sorted(variants, key=lambda v: (v.cost, v.loss.mean)):
         columns.setdefault(round(math.log2(variant.cost), 3), []).append(variant)
     centres = sorted(x(members[0].cost) for members in columns.values())
-    gaps = [b - a for a, b in zip(centres, centres[1:], strict=False)] or [x.end - x.start]
+    gaps = [b - a for a, b in itertools.pairwise(centres)] or [x.end - x.start]
     points = []
     for members in columns.values():
         step = min(MAX_DODGE, 0.6 * min(gaps) / len(members))
         for index, variant in enumerate(members):
             offset = step * ((index + 1) // 2) * (-1 if index % 2 else 1)
             centre = x(variant.cost)
-            points.append(_Point(variant=variant, x=centre + offset, column=centre, y=y(variant.loss.mean)))
+            is_beyond = variant.loss.mean > y.high
+            at = y.end + 8 if is_beyond else y(variant.loss.mean)
+            points.append(_Point(variant=variant, x=centre + offset, column=centre, y=at, is_beyond=is_beyond))
     return points
 
 
@@ -146,8 +184,14 @@ def _drawn(point: _Point, section: Section, *, static: bool) -> Markup:
 
 
 def _words(variant: VariantSummary, section: Section) -> list[str]:
-    cost = _cost_label(section)(variant.cost) + (" of the reference’s cache" if section.is_grid else " cached per token")
-    lines = [variant.label, f"{metric_name(section.loss_metric)} {with_interval(variant.loss)}, n = {variant.loss.n}", cost]
+    cost = _cost_label(section)(variant.cost) + (
+        " of the reference’s cache" if section.is_grid else " cached per token"
+    )
+    lines = [
+        variant.label,
+        f"{metric_name(section.loss_metric)} {with_interval(variant.loss)}, n = {variant.loss.n}",
+        cost,
+    ]
     if math.isfinite(variant.front_frequency):
         lines.append(f"on the front in {share(variant.front_frequency)} of resamples")
     return lines
@@ -156,7 +200,7 @@ def _words(variant: VariantSummary, section: Section) -> list[str]:
 def _error_bar(point: _Point, y: Scale) -> Markup:
     """The interval; an end that leaves the figure has no cap."""
     loss = point.variant.loss
-    if not math.isfinite(loss.low):
+    if not math.isfinite(loss.low) or point.is_beyond:
         return Markup()
     ends = [y(min(max(value, y.low), y.high)) for value in (loss.low, loss.high)]
     parts = [tag("line", x1=point.x, x2=point.x, y1=ends[0], y2=ends[1])]
@@ -166,7 +210,7 @@ def _error_bar(point: _Point, y: Scale) -> Markup:
     return group(parts, class_=f"error {_kind(point.variant)}")
 
 
-def _front_line(section: Section, points: Sequence[_Point], x: Scale, y: Scale, right: float) -> Markup:
+def _front_line(points: Sequence[_Point], y: Scale, right: float) -> Markup:
     front = sorted((point for point in points if point.variant.on_front), key=lambda point: point.column)
     if not front:
         return Markup()
@@ -180,21 +224,36 @@ def _front_line(section: Section, points: Sequence[_Point], x: Scale, y: Scale, 
 # Labels
 
 
+def _label(point: _Point) -> str:
+    variant = point.variant
+    return f"{variant.label} ↑ {with_interval(variant.loss).partition(' ')[0]}" if point.is_beyond else variant.label
+
+
 def _labels(
-    points: Sequence[_Point], width: float, height: float, y: Scale, *, numbered: bool = False
+    points: Sequence[_Point], texts: Sequence[str], width: float, height: float, y: Scale
 ) -> list[markers.Placed]:
     obstacles = [markers.Box(left=p.x - 7, top=p.y - 7, right=p.x + 7, bottom=p.y + 7) for p in points]
     for point in points:
         loss = point.variant.loss
-        if math.isfinite(loss.low):
+        if math.isfinite(loss.low) and not point.is_beyond:
             low, high = (y(min(max(value, y.low), y.high)) for value in (loss.low, loss.high))
             obstacles.append(markers.Box(left=point.x - 4, top=high, right=point.x + 4, bottom=low))
-    anchors = [
-        markers.Anchor(x=point.x, y=point.y, text=str(index + 1) if numbered else point.variant.label)
-        for index, point in enumerate(points)
-    ]
+    anchors = [markers.Anchor(x=point.x, y=point.y, text=text) for point, text in zip(points, texts, strict=True)]
     room = markers.Box(left=LEFT - 6, top=TOP - 14, right=width, bottom=height - BOTTOM + 2)
-    return list(markers.place(anchors, obstacles, room).values())
+    return list(markers.place(anchors, obstacles, _steps(points), room).values())
+
+
+def _steps(points: Sequence[_Point]) -> list[markers.Box]:
+    """The front's line, to keep labels off it where there is room elsewhere."""
+    front = sorted((point for point in points if point.variant.on_front), key=lambda point: point.column)
+    boxes = []
+    for here, after in itertools.pairwise(front):
+        boxes.append(markers.Box(left=here.column, right=after.column, top=here.y - 2, bottom=here.y + 2))
+        boxes.append(markers.Box(left=after.column - 2, right=after.column + 2, top=here.y, bottom=after.y))
+    if front:
+        boxes.append(markers.Box(left=front[-1].column, right=1e6, top=front[-1].y - 2, bottom=front[-1].y + 2))
+        boxes.append(markers.Box(left=front[0].column - 2, right=front[0].column + 2, top=0, bottom=front[0].y))
+    return boxes
 
 
 def _key(points: Sequence[_Point], width: float, height: float) -> list[Markup]:

@@ -12,7 +12,7 @@ import numpy as np
 from markupsafe import Markup
 
 from twofold.report.curves import Curve
-from twofold.report.drawing import Scale, coordinate, group, horizontal_grid, linear_ticks, path, svg, tag
+from twofold.report.drawing import Scale, coordinate, fences, group, horizontal_grid, linear_ticks, path, svg, tag
 from twofold.report.numbers import count
 from twofold.report.summary import VariantSummary
 
@@ -60,7 +60,22 @@ def lines(
     return Markup(str(figure).replace("<svg", f"<svg{data}", 1))  # noqa: S704 - numbers only
 
 
+def settled(curves: Sequence[Curve]) -> list[Curve]:
+    """What a figure of differences is scaled to: the last three quarters, where the first steps no longer dwarf the rest; no outliers."""
+    last = max(curve.tokens[-1] for curve in curves)
+    lowest, highest = fences([float(curve.mean[-1]) for curve in curves])
+    kept = []
+    for curve in curves:
+        late = curve.tokens >= last / 4
+        if late.any() and lowest <= curve.mean[-1] <= highest:
+            tokens, mean, low, high = (values[late] for values in (curve.tokens, curve.mean, curve.low, curve.high))
+            kept.append(Curve(variant=curve.variant, tokens=tokens, mean=mean, low=low, high=high, n=curve.n))
+    return kept
+
+
 def _value_scale(curves: Sequence[Curve], height: float, *, has_zero: bool) -> Scale:
+    if has_zero:
+        curves = settled(curves)
     means = np.concatenate([curve.mean for curve in curves])
     low, high = float(means.min()), float(means.max())
     if has_zero:

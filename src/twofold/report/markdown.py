@@ -47,14 +47,17 @@ def _section(summary: Summary, section: Section) -> list[str]:
         own = front.get(row["label"])
         on_front = f"{'yes' if own['on_front'] else 'no'} ({own['frequency']})" if own else "–"
         cells.append([
-            row["label"], row["tie"], row["parameters"], row["cost"], f"{row['loss']} {row['loss_bounds']}",
+            row["label"], row["tie"] or row["label"], row["parameters"], row["cost"], f"{row['loss']} {row['loss_bounds']}",
             *([f"{row['score']} {row['score_bounds']}"] if has_score else []),
             f"{row['difference']} {row['difference_bounds']}", str(row["n"]), on_front, row["time"], str(row["failed"]),
         ])  # fmt: skip
     parts += [escape(" ".join(answer(section))), table(head, cells, numbers_from=2)]
     for group in rows.difference_rows(section)[1:]:
         shown = [[row["label"], row["mean"], row["bounds"], str(row["n"])] for row in group["rows"]]
-        parts += [f"### {escape(group['heading'])}", table(["Variant", f"Δ {loss}", "95% interval", "n"], shown, numbers_from=1)]
+        parts += [
+            f"### {escape(group['heading'])}",
+            table(["Variant", f"Δ {loss}", "95% interval", "n"], shown, numbers_from=1),
+        ]
     return [*parts, f"Made by `{run_command(summary, section)}`."]
 
 

@@ -27,16 +27,16 @@ class Box:
     def meets(self, other: Box) -> bool:
         """Whether the two share any area."""
         return (
-            self.left < other.right
-            and other.left < self.right
-            and self.top < other.bottom
-            and other.top < self.bottom
+            self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
         )
 
     def inside(self, other: Box) -> bool:
         """Whether this one lies wholly in the other."""
         return (
-            self.left >= other.left and self.right <= other.right and self.top >= other.top and self.bottom <= other.bottom
+            self.left >= other.left
+            and self.right <= other.right
+            and self.top >= other.top
+            and self.bottom <= other.bottom
         )
 
 
@@ -74,23 +74,32 @@ def marker(kind: str, x: float, y: float, *, size: float = 5.5, class_: str = ""
         return tag("rect", x=x - size, y=y - size, width=2 * size, height=2 * size, rx=1.5, class_=classes)
     if kind == "reference":
         r = size * 1.35
-        return tag("path", d=f"M{x:.2f},{y - r:.2f} {x + r:.2f},{y:.2f} {x:.2f},{y + r:.2f} {x - r:.2f},{y:.2f}Z", class_=classes)
+        return tag(
+            "path",
+            d=f"M{x:.2f},{y - r:.2f} {x + r:.2f},{y:.2f} {x:.2f},{y + r:.2f} {x - r:.2f},{y:.2f}Z",
+            class_=classes,
+        )
     return tag("circle", cx=x, cy=y, r=size, class_=classes)
 
 
-def place(anchors: Sequence[Anchor], obstacles: Sequence[Box], room: Box) -> dict[int, Placed]:
+def place(anchors: Sequence[Anchor], obstacles: Sequence[Box], avoided: Sequence[Box], room: Box) -> dict[int, Placed]:
     """A place for each label that fits in ``room`` without touching an obstacle or another label; others are left out.
 
-    Index of the anchor -> place. Nearer places are tried first: beside the point, then higher and lower on either side.
+    Index of the anchor -> place. Nearer places are tried first: beside the point, then higher and lower on either side. What is only
+    ``avoided`` is touched where nothing else is left.
     """
     taken = list(obstacles)
     placed: dict[int, Placed] = {}
     for index in sorted(range(len(anchors)), key=lambda i: (-anchors[i].x, anchors[i].y)):
-        for candidate in _candidates(anchors[index]):
-            if candidate.box.inside(room) and not any(candidate.box.meets(other) for other in taken):
-                placed[index] = candidate
-                taken.append(candidate.box)
-                break
+        free = [
+            candidate
+            for candidate in _candidates(anchors[index])
+            if candidate.box.inside(room) and not any(candidate.box.meets(other) for other in taken)
+        ]
+        clear = [candidate for candidate in free if not any(candidate.box.meets(other) for other in avoided)]
+        for candidate in (*clear, *free)[:1]:
+            placed[index] = candidate
+            taken.append(candidate.box)
     return placed
 
 

@@ -6,6 +6,7 @@ An interval of half-width w is shown to two significant digits of w, and its mea
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from twofold.study.statistics import Interval, PairedDifference
 
@@ -59,26 +60,33 @@ def number(value: float, places: int, *, sign: bool = False) -> str:
     return text.replace("-", MINUS)
 
 
-def with_interval(shown: Interval | PairedDifference, *, sign: bool = False) -> str:
+def common_decimals(column: Iterable[Interval | PairedDifference]) -> int | None:
+    """The digits that one column of a table shares: the median of what its rows would have. None for an empty column."""
+    wanted = sorted(decimals(shown.low, shown.high, shown.mean) for shown in column if shown.n)
+    return wanted[len(wanted) // 2] if wanted else None
+
+
+def mean(shown: Interval | PairedDifference, places: int | None = None, *, sign: bool = False) -> str:
+    """The mean alone; with ``places`` as its column has them, else with the digits that its interval leaves."""
+    if not shown.n:
+        return NOTHING
+    return number(shown.mean, decimals(shown.low, shown.high, shown.mean) if places is None else places, sign=sign)
+
+
+def with_interval(shown: Interval | PairedDifference, places: int | None = None, *, sign: bool = False) -> str:
     """``1.283 [1.271, 1.296]``; the bare mean where there is no interval; a dash where there is nothing.
 
     >>> with_interval(Interval(mean=1.28341, low=1.2710, high=1.2958, n=3, method=""))
     '1.283 [1.271, 1.296]'
     """
-    if not shown.n:
-        return NOTHING
-    places = decimals(shown.low, shown.high, shown.mean)
-    mean = number(shown.mean, places, sign=sign)
-    if not math.isfinite(shown.low):
-        return mean
-    return f"{mean} {bounds(shown, sign=sign)}"
+    return f"{mean(shown, places, sign=sign)} {bounds(shown, places, sign=sign)}".strip()
 
 
-def bounds(shown: Interval | PairedDifference, *, sign: bool = False) -> str:
+def bounds(shown: Interval | PairedDifference, places: int | None = None, *, sign: bool = False) -> str:
     """``[1.271, 1.296]``, or nothing without an interval."""
     if not math.isfinite(shown.low):
         return ""
-    places = decimals(shown.low, shown.high, shown.mean)
+    places = decimals(shown.low, shown.high, shown.mean) if places is None else places
     return f"[{number(shown.low, places, sign=sign)}, {number(shown.high, places, sign=sign)}]"
 
 
@@ -93,10 +101,10 @@ def byte_count(count: float) -> str:
 
 
 def count(value: float) -> str:
-    """A large count in short: ``84``, ``305.5M``."""
+    """A large count in short: ``84``, ``305.5M``, ``100k``."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:.1f}{unit}"
+            return f"{value / size:.1f}".removesuffix(".0") + unit
     return f"{value:,.0f}"
 
 

@@ -17,12 +17,13 @@ from twofold.report import rows
 from twofold.report.answer import answer, status
 from twofold.report.curves import Curve, curves
 from twofold.report.forest import forest
-from twofold.report.frontier import frontier
+from twofold.report.frontier import frontier, outliers
 from twofold.report.lines import lines, style
 from twofold.report.numbers import duration, metric_name
 from twofold.report.summary import Section, Summary
 
 WIDE, NARROW = 880, 344
+MAX_FULL_ANSWERS = 3  # with more sections, the top says the first sentence of each
 MAX_EMBEDDED_BYTES = 1_500_000
 RELOAD_SECONDS = {"running": 10, "stopped": 60}
 
@@ -39,7 +40,8 @@ FILE_TYPES = {"csv": "text/csv", "json": "application/json", "md": "text/markdow
 
 def page(summary: Summary, files: Mapping[str, str], report_command: str) -> str:
     """The whole page. ``files`` are the tables beside it, which it also holds where they are not too large."""
-    views = [_view(summary, section) for section in summary.sections]
+    is_long = len(summary.sections) > MAX_FULL_ANSWERS
+    views = [_view(summary, section, is_one_of_many=is_long) for section in summary.sections]
     return (
         _environment()
         .get_template("page.html.j2")
@@ -49,7 +51,11 @@ def page(summary: Summary, files: Mapping[str, str], report_command: str) -> str
             theme_js=_text("theme.js"),
             page_js=_text("page.js"),
             reload_seconds=_reload_seconds(summary),
-            meter=[(state, summary.states[state]) for state in ("done", "running", "failed", "pending") if summary.states[state]],
+            meter=[
+                (state, summary.states[state])
+                for state in ("done", "running", "failed", "pending")
+                if summary.states[state]
+            ],
             status=status(summary),
             standing=_standing(summary),
             answers=[view for view in views if view["answer"]],
@@ -79,12 +85,13 @@ def figure_style() -> str:
     return _text("figure.css")
 
 
-def _view(summary: Summary, section: Section) -> dict[str, Any]:
+def _view(summary: Summary, section: Section, *, is_one_of_many: bool) -> dict[str, Any]:
     view: dict[str, Any] = {
         "id": rows.section_id(section),
         "section": section,
         "facts": rows.facts(summary, section),
         "answer": answer(section),
+        "headline": answer(section)[: 1 if is_one_of_many else None],
         "command": run_command(summary, section),
         "cost_name": rows.cost_name(section),
         "loss_name": metric_name(section.loss_metric),
@@ -99,7 +106,11 @@ def _view(summary: Summary, section: Section) -> dict[str, Any]:
         "grid": rows.grid(summary, section) if section.is_grid else None,
     }
     if section.measured:
-        view |= {"frontier_wide": frontier(section, WIDE), "frontier_narrow": frontier(section, NARROW, 340)}
+        view |= {
+            "outliers": outliers(section),
+            "frontier_wide": frontier(section, WIDE),
+            "frontier_narrow": frontier(section, NARROW, 340),
+        }
     if view["differences"]:
         view |= {"forest_wide": forest(section, WIDE), "forest_narrow": forest(section, NARROW)}
     return view
@@ -113,7 +124,12 @@ def _curve_panels(summary: Summary, section: Section) -> list[dict[str, Any]]:
     candidates: list[tuple[str, str, str, tuple[Curve, ...]]] = [
         ("held_out", "Held out", f"{held_out}, held out", shown.held_out),
         ("train", "Training", f"{train}, training batches", shown.train),
-        ("difference", "Held out, minus reference", f"{held_out}, held out, minus {reference}’s (paired by seed)", shown.difference),
+        (
+            "difference",
+            "Minus reference",
+            f"{held_out}, held out, minus {reference}’s (paired by seed)",
+            shown.difference,
+        ),
     ]
     return [_panel(section, *candidate) for candidate in candidates if candidate[3]]
 
@@ -122,7 +138,9 @@ def _panel(section: Section, key: str, name: str, title: str, shown: tuple[Curve
     variants = {variant.name: variant for variant in section.variants}
     seeds = sorted({curve.n for curve in shown})
     n = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    words = "Below zero is better than the reference at that moment. " if key == "difference" else ""
+    words = ""
+    if key == "difference":
+        words = "Below zero is better than the reference at that moment. The axis is fitted to the last three quarters; what lies beyond is cut off. "
     return {
         "key": key,
         "name": name,
@@ -167,7 +185,11 @@ def _file(name: str, content: str) -> dict[str, Any]:
 @cache
 def _environment() -> Environment:
     return Environment(
-        loader=PackageLoader("twofold.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("twofold.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

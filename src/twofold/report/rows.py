@@ -14,17 +14,16 @@ from twofold.report.forest import Rows, differences
 from twofold.report.numbers import (
     NOTHING,
     bounds,
-    byte_count,
+    common_decimals,
     count,
-    decimals,
     duration,
+    mean,
     metric_name,
     number,
     share,
-    with_interval,
 )
 from twofold.report.summary import Section, Summary, VariantSummary
-from twofold.study.statistics import Interval, PairedDifference
+from twofold.study.statistics import Interval
 
 MAX_CURVE_ROWS = 10
 
@@ -33,7 +32,7 @@ Row = dict[str, Any]
 
 def cost_name(section: Section) -> str:
     """The heading of the column of costs."""
-    return f"Cache / {section.reference.label}’s" if section.is_grid else "Cached bytes / token (bf16)"
+    return f"Share of {section.reference.label}’s cache" if section.is_grid else "Cached bytes / token (bf16)"
 
 
 def cost(section: Section, variant: VariantSummary) -> str:
@@ -42,43 +41,48 @@ def cost(section: Section, variant: VariantSummary) -> str:
 
 
 def variant_rows(section: Section) -> list[Row]:
-    """The main table."""
-    return [
-        {
+    """The main table. The rows of a column share their digits."""
+    measures = {
+        name: {variant.name: getattr(variant, name) for variant in section.variants}
+        for name in ("loss", "score", "difference", "score_difference")
+    }
+    places = {name: common_decimals(of_variants.values()) for name, of_variants in measures.items()}
+    rows = []
+    for variant in section.variants:
+        row: Row = {
             "label": variant.label,
+            "tie": "" if variant.tie == variant.label else variant.tie,
             "role": "reference" if variant.is_reference else "control" if variant.kind == "control" else "",
             "note": variant.note,
-            "tie": variant.tie,
             "parameters": _range(variant.parameters),
             "floats": _range(variant.cached_floats),
             "cost": cost(section, variant),
-            "loss": mean(variant.loss),
-            "loss_bounds": bounds(variant.loss),
-            "score": mean(variant.score),
-            "score_bounds": bounds(variant.score),
             "n": variant.loss.n,
-            "difference": NOTHING if variant.is_reference else mean(variant.difference, sign=True),
-            "difference_bounds": "" if variant.is_reference else bounds(variant.difference, sign=True),
-            "score_difference": NOTHING if variant.is_reference else mean(variant.score_difference, sign=True),
-            "score_difference_bounds": "" if variant.is_reference else bounds(variant.score_difference, sign=True),
             "time": duration(variant.seconds),
             "speed": f"{variant.tokens_per_second:,.0f}" if math.isfinite(variant.tokens_per_second) else NOTHING,
             "done": f"{variant.done} of {variant.planned}",
             "failed": variant.failed,
         }
-        for variant in section.variants
-    ]
+        for name, of_variants in measures.items():
+            is_difference = name.endswith("difference")
+            is_empty = is_difference and variant.is_reference
+            shown = of_variants[variant.name]
+            row[name] = NOTHING if is_empty else mean(shown, places[name], sign=is_difference)
+            row[f"{name}_bounds"] = "" if is_empty else bounds(shown, places[name], sign=is_difference)
+        rows.append(row)
+    return rows
 
 
 def front_rows(section: Section) -> list[Row]:
     """The central figure as a table, cheapest first and best first."""
     ordered = sorted(section.measured, key=lambda variant: (variant.cost, variant.loss.mean))
+    places = common_decimals(variant.loss for variant in ordered)
     return [
         {
             "label": variant.label,
             "cost": cost(section, variant),
-            "loss": mean(variant.loss),
-            "bounds": bounds(variant.loss) or NOTHING,
+            "loss": mean(variant.loss, places),
+            "bounds": bounds(variant.loss, places) or NOTHING,
             "n": variant.loss.n,
             "on_front": variant.on_front,
             "frequency": share(variant.front_frequency),
@@ -93,14 +97,14 @@ def difference_rows(section: Section) -> list[Row]:
 
 
 def _difference_rows(group: Rows) -> Iterator[Row]:
+    common = common_decimals(row.difference for row in group.rows) or 0
     for row in group.rows:
         shown = row.difference
-        places = decimals(shown.low, shown.high, shown.mean)
-        ends = [number(end, places, sign=True) for end in (shown.bootstrap_low, shown.bootstrap_high)]
+        ends = [number(end, common, sign=True) for end in (shown.bootstrap_low, shown.bootstrap_high)]
         yield {
             "label": row.variant.label,
-            "mean": number(shown.mean, places, sign=True),
-            "bounds": bounds(shown, sign=True) or NOTHING,
+            "mean": mean(shown, common, sign=True),
+            "bounds": bounds(shown, common, sign=True) or NOTHING,
             "bootstrap": f"[{ends[0]}, {ends[1]}]" if math.isfinite(shown.bootstrap_low) else NOTHING,
             "n": shown.n,
         }
@@ -137,13 +141,13 @@ def grid(summary: Summary, section: Section) -> Row:
         rows = []
         for name in names:
             table = summary.score_table(section, [task for task, own in points.items() if own[axis] == name])
-            rows.append({"name": name, "cells": [_cell(table[variant.name]) for variant in section.variants]})
+            rows.append({"name": name, "cells": _cells([table[variant.name] for variant in section.variants])})
         if len(names) > 1:
             axes.append({"name": axis, "rows": rows})
     settings = []
     for task, own in points.items():
         table = summary.score_table(section, [task])
-        settings.append({"name": ", ".join(own.values()), "cells": [_cell(table[v.name]) for v in section.variants]})
+        settings.append({"name": ", ".join(own.values()), "cells": _cells([table[v.name] for v in section.variants])})
     return {"columns": [variant.label for variant in section.variants], "axes": axes, "rows": settings}
 
 
@@ -152,16 +156,21 @@ def overview(summary: Summary) -> Row | None:
     sections = summary.sections
     if len(sections) < 2:
         return None
-    names = {variant.name: variant for section in sections for variant in section.variants}
-    rows = []
-    for name in sorted(names, key=lambda name: names[name].index):
-        own = [next((v for v in section.variants if v.name == name), None) for section in sections]
-        cells = [_cell(v.score) | {"on_front": v.on_front} if v else {"mean": NOTHING, "bounds": "", "n": 0} for v in own]
-        rows.append({"label": names[name].label, "cells": cells})
+    labels = {variant.name: variant.label for section in sections for variant in section.variants}
+    columns_of_cells = []
+    for section in sections:
+        cells = _cells([variant.score for variant in section.variants])
+        pairs = zip(section.variants, cells, strict=True)
+        columns_of_cells.append({variant.name: cell | {"on_front": variant.on_front} for variant, cell in pairs})
+    rows = [
+        {"label": labels[name], "cells": [cells.get(name, _NO_CELL) for cells in columns_of_cells]}
+        for name in (variant.name for variant in summary.plan.variants)
+        if name in labels
+    ]
     columns = [
         {
             "id": section_id(section),
-            "title": section.title.split(", ")[0] if section.is_grid else section.title,
+            "title": section.title,
             "score": metric_name(section.score),
             "arrow": "↑" if section.higher_is_better else "↓",
         }
@@ -180,7 +189,9 @@ def provenance(summary: Summary) -> list[tuple[str, str]]:
     hardware = told.get("hardware") or {}
     machine = [str(hardware[name]) + unit for name, unit in _HARDWARE if hardware.get(name)]
     machine += [str(gpu) for gpu in hardware.get("gpus") or []]
-    versions = [f"{name} {told[name]}" for name in ("python", "torch", "transformers", "accelerate", "numpy") if told.get(name)]
+    versions = [
+        f"{name} {told[name]}" for name in ("python", "torch", "transformers", "accelerate", "numpy") if told.get(name)
+    ]
     rows = [
         ("Twofold", " · ".join(str(told[key]) for key in ("twofold", "git_commit") if told.get(key))),
         ("Code, SHA-256", str(told.get("code_hash") or "")),
@@ -196,6 +207,7 @@ def provenance(summary: Summary) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
+_NO_CELL: Row = {"mean": NOTHING, "bounds": "", "n": 0, "on_front": False}
 _HARDWARE = (("cpu", ""), ("cores", " cores"), ("memory_gib", " GiB of memory"))
 _HISTORY = (("invocations", "Run by"), ("code_changes", "Code changed"), ("plan_changes", "Plan changed"))
 
@@ -204,7 +216,8 @@ def _listed(values: Any) -> str:
     """A list of the record, each item as plain text."""
     items = values if isinstance(values, list) else []
     return "; ".join(
-        ", ".join(f"{key}: {value}" for key, value in item.items()) if isinstance(item, dict) else str(item) for item in items
+        ", ".join(f"{key}: {value}" for key, value in item.items()) if isinstance(item, dict) else str(item)
+        for item in items
     )
 
 
@@ -214,7 +227,10 @@ def hashes(summary: Summary) -> list[Row]:
     for name, facts in summary.results.tasks.items():
         tasks.setdefault(facts.data_hash, []).append(name)
     return [
-        {"tasks": ", ".join(names) if len(names) < 6 else f"{names[0]} … {names[-1]} ({len(names)} tasks)", "hash": data_hash}
+        {
+            "tasks": ", ".join(names) if len(names) < 6 else f"{names[0]} … {names[-1]} ({len(names)} tasks)",
+            "hash": data_hash,
+        }
         for data_hash, names in tasks.items()
     ]
 
@@ -228,7 +244,8 @@ def facts(summary: Summary, section: Section) -> str:
     """How much data a task has, in words."""
     told = summary.results.tasks[section.tasks[0]]
     if section.is_grid:
-        return f"{len(section.tasks)} settings, {section.complete_tasks} of them complete."
+        seeds = len(summary.plan.seeds)
+        return f"{len(section.tasks)} settings taken together; {section.complete_tasks} of them are complete in all {seeds} seeds."
     return f"{told.train_size:,} training examples of {told.tokens_per_example:,} tokens."
 
 
@@ -237,13 +254,9 @@ def failure_rows(summary: Summary) -> list[Row]:
     return [asdict(failure) for failure in summary.failures]
 
 
-def mean(shown: Interval | PairedDifference, *, sign: bool = False) -> str:
-    """The mean alone, with the digits that its interval leaves."""
-    return number(shown.mean, decimals(shown.low, shown.high, shown.mean), sign=sign) if shown.n else NOTHING
-
-
-def _cell(shown: Interval) -> Row:
-    return {"mean": mean(shown), "bounds": bounds(shown), "n": shown.n}
+def _cells(column: Sequence[Interval]) -> list[Row]:
+    places = common_decimals(column)
+    return [{"mean": mean(shown, places), "bounds": bounds(shown, places), "n": shown.n} for shown in column]
 
 
 def _range(ends: tuple[int, int]) -> str:
@@ -251,5 +264,3 @@ def _range(ends: tuple[int, int]) -> str:
     if low == high:
         return f"{low:,}" if low < 1e7 else count(low)
     return f"{count(low)} – {count(high)}"
-
-

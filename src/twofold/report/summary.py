@@ -16,7 +16,14 @@ import numpy as np
 
 from twofold.study.plan import StudyPlan, Variant
 from twofold.study.results import Results, TaskFacts
-from twofold.study.statistics import Interval, PairedDifference, front_frequency, interval, paired_difference, pareto_front
+from twofold.study.statistics import (
+    Interval,
+    PairedDifference,
+    front_frequency,
+    interval,
+    paired_difference,
+    pareto_front,
+)
 
 # A study of more tasks than this shows the points of each grid together instead of one by one.
 MAX_SINGLE_TASKS = 12
@@ -174,9 +181,9 @@ class Summary:
                 means[name][seed] = float(np.mean([self.by_seed(task, name, metric)[seed] for task in whole]))
         return dict(means)
 
-    def _group_title(self, facts: TaskFacts, tasks: int) -> str:
+    def _group_title(self, facts: TaskFacts) -> str:
         entry = next(task for task in self.plan.tasks if task.name == facts.group)
-        return f"{entry.title or entry.name}, {tasks} settings together"
+        return entry.title or entry.name
 
     def _complete(self, tasks: Sequence[str], metric: str) -> int:
         """Tasks that every variant has finished in every seed."""
@@ -190,10 +197,14 @@ class Summary:
         losses, scores = (self._together(tasks, metric) for metric in (facts.loss_metric, facts.score))
         costs = {variant: self._cost(tasks, variant) for variant in losses}
         measured = {variant: by_seed for variant, by_seed in losses.items() if by_seed}
-        means = {variant: (costs[variant], float(np.mean(list(by_seed.values())))) for variant, by_seed in measured.items()}
+        means = {
+            variant: (costs[variant], float(np.mean(list(by_seed.values())))) for variant, by_seed in measured.items()
+        }
         front, frequency = set(pareto_front(means)), front_frequency(measured, costs)
         shared = set.intersection(*(set(by_seed) for by_seed in measured.values())) if measured else set()
-        labels = _labels([self.plan.variant(variant) for variant in losses], {v: self._entries[tasks[0], v] for v in losses})
+        labels = _labels(
+            [self.plan.variant(variant) for variant in losses], {v: self._entries[tasks[0], v] for v in losses}
+        )
         variants = tuple(
             self._variant(
                 tasks, variant, labels[variant], losses=losses, scores=scores, cost=costs[variant],
@@ -203,7 +214,7 @@ class Summary:
         )  # fmt: skip
         return Section(
             name=name,
-            title=facts.title if len(tasks) == 1 else self._group_title(facts, len(tasks)),
+            title=facts.title if len(tasks) == 1 else self._group_title(facts),
             description=facts.description,
             loss_metric=facts.loss_metric,
             score=facts.score,
@@ -262,7 +273,12 @@ class Summary:
             if variant.name in by_name and match.variant in by_name
         ]
         found = [
-            Comparison(quantity=quantity, variant=by_name[a], other=by_name[b], difference=paired_difference(losses[a], losses[b]))
+            Comparison(
+                quantity=quantity,
+                variant=by_name[a],
+                other=by_name[b],
+                difference=paired_difference(losses[a], losses[b]),
+            )
             for quantity, a, b in pairs
         ]
         return sorted(found, key=lambda comparison: (comparison.quantity, comparison.other.index))
@@ -285,7 +301,7 @@ class _Entry:
 
 
 def _entries(results: Results) -> dict[tuple[str, str], _Entry]:
-    rows: dict[tuple[str, str], list[dict[str, object]]] = {}
+    rows: dict[tuple[str, str], list[dict]] = {}
     for row in results.runs.to_dict("records"):
         rows.setdefault((row["task"], row["variant"]), []).append(row)
     return {key: _entry(of_variant) for key, of_variant in rows.items()}
