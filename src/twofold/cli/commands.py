@@ -63,7 +63,7 @@ class Commands(TyperGroup):
 
 
 def _usage(error: typer.TyperException) -> str:
-    message = error.format_message().rstrip(".")
+    message = error.format_message().replace(". Did you mean", "; did you mean").rstrip(".?")
     context = getattr(error, "ctx", None)
     return f"{message} (see '{context.command_path} --help')." if context else f"{message}."
 

@@ -129,7 +129,8 @@ def model_of(preset: ModelSpec, sizes: Sizes, dictated: Mapping[str, Any], chose
     try:
         return sizes.of(model).with_changes(**chosen)
     except (TypeError, ValueError) as error:
-        raise TwofoldError(f"A --model-field does not fit ({error}): give a number where one belongs.") from None
+        given = ", ".join(f"{name}={value}" for name, value in chosen.items())
+        raise TwofoldError(f"{given} does not fit a model ({error}): give a number where one belongs.") from None
 
 
 def _resumed(context: typer.Context, folder: Path | None) -> RunSpec:

@@ -123,7 +123,7 @@ def _features(name: str) -> tuple[np.ndarray, np.ndarray]:
         raise TwofoldError(f"{path} holds no array {error}: it must hold features and labels.") from None
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, SafetensorError) as error:
         raise TwofoldError(
-            f"{path} cannot be read as features and labels: {' '.join(str(error).split()).rstrip('.')}."
+            f"{path} cannot be read as features and labels: {' '.join(str(error).split()).partition('. ')[0].rstrip('.')}."
         ) from None
     if features.ndim != 2 or labels.shape != features.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise TwofoldError(
