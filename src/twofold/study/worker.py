@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,13 +115,13 @@ def _serve(command: Mapping[str, Any], say: Say) -> None:
 
 def _run(command: Mapping[str, Any], say: Say) -> None:
     run, folder = RunSpec.from_dict(command["run"]), Path(command["folder"])
-    data_hash = ask(run.task).data_hash
-    if data_hash != command["data_hash"]:
+    task = _task(run.task)
+    if task.data_hash != command["data_hash"]:
         raise TwofoldError(
             f"The data of task {run.task.name} are not those with which the study was begun "
-            f"(hash {data_hash[:12]}, then {command['data_hash'][:12]}): begin again in a new folder."
+            f"(hash {task.data_hash[:12]}, then {command['data_hash'][:12]}): begin again in a new folder."
         )
-    trainer.train(run, folder, report=_throttled(say))
+    trainer.train(run, folder, task=task, report=_throttled(say))
     # A finished run needs its checkpoints no more.
     for name in ("checkpoints",) if command["keep_model"] else ("checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -140,18 +140,23 @@ def _throttled(say: Say) -> Callable[[Progress], None]:
 
 
 def ask(spec: TaskSpec) -> TaskAnswer:
-    """What the task says of itself; it is loaded once per process."""
-    return _ask(spec.name, json.dumps(dict(spec.options), sort_keys=True))
-
-
-@cache
-def _ask(name: str, options: str) -> TaskAnswer:
-    task = tasks.load_task(TaskSpec(name=name, options=json.loads(options)))
+    """What the task says of itself."""
+    task = _task(spec)
     return TaskAnswer(
         model_fields=dict(task.model_fields), description=task.description, loss_metric=task.loss_metric, score=task.score,
         higher_is_better=task.higher_is_better, train_size=task.train_size, tokens_per_example=task.tokens_per_example,
         data_hash=task.data_hash,
     )  # fmt: skip
+
+
+def _task(spec: TaskSpec) -> tasks.Task:
+    return _loaded(spec.name, json.dumps(dict(spec.options), sort_keys=True))
+
+
+# A study goes from task to task and comes back with the next seed.
+@lru_cache(maxsize=4)
+def _loaded(name: str, options: str) -> tasks.Task:
+    return tasks.load_task(TaskSpec(name=name, options=json.loads(options)))
 
 
 def _sentence(error: Exception) -> str:
