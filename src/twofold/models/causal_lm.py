@@ -94,9 +94,11 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
         )
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise TwofoldError("Give the model exactly one of input_ids and inputs_embeds.")
-        return self.embedding.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if input_ids is not None and inputs_embeds is None:
+            return self.embedding.embed_tokens(input_ids)
+        if inputs_embeds is not None and input_ids is None:
+            return self.embedding.check_hidden_states("inputs_embeds", inputs_embeds)
+        raise TwofoldError("Give the model exactly one of input_ids and inputs_embeds.")
 
     def _makes_cache(self, use_cache: bool | None, labels: Tensor | None, document_ids: Tensor | None) -> bool:
         if use_cache is None:
@@ -137,6 +139,7 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         """The table of tokens."""
+        assert self.embedding.tokens is not None
         return self.embedding.tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:

@@ -43,11 +43,7 @@ class TwofoldForTokenClassification(TwofoldPreTrainedModel):
         Raises TwofoldError for shapes and tokens that do not fit.
         """
         states = self._states(options, known=("num_items_in_batch",))
-        if (input_ids is None) == (features is None):
-            raise TwofoldError("Give the model exactly one of input_ids and features.")
-        embedded = (
-            self.embedding.embed_features(features) if input_ids is None else self.embedding.embed_tokens(input_ids)
-        )
+        embedded = self._embedded(input_ids, features)
         sequence = Sequence.of(embedded, attention_mask=attention_mask)
         hidden_states = self.trunk(self.embedding(embedded, sequence), sequence, states=states)
         logits = self.classifier(hidden_states)
@@ -56,9 +52,18 @@ class TwofoldForTokenClassification(TwofoldPreTrainedModel):
             loss = mean_cross_entropy(logits, sequence.token_labels(labels), options.get("num_items_in_batch"))
         return self._output(TokenClassifierOutput, options, loss=loss, logits=logits, states=states)
 
+    def _embedded(self, input_ids: Tensor | None, features: Tensor | None) -> Tensor:
+        if input_ids is not None and features is None:
+            return self.embedding.embed_tokens(input_ids)
+        if features is not None and input_ids is None:
+            return self.embedding.embed_features(features)
+        raise TwofoldError("Give the model exactly one of input_ids and features.")
+
     def get_input_embeddings(self) -> nn.Module:
         """The table of tokens, or the map of features."""
-        return self.embedding.features if self.embedding.tokens is None else self.embedding.tokens
+        found = self.embedding.features if self.embedding.tokens is None else self.embedding.tokens
+        assert found is not None
+        return found
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the table of tokens."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
@@ -15,6 +17,7 @@ class InputEmbedding(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
+        self.hidden_size = spec.hidden_size
         # A module and not an Embedding: Transformers replaces it when it resizes the vocabulary.
         self.tokens: nn.Module | None = nn.Embedding(spec.vocab_size, spec.hidden_size) if spec.vocab_size else None
         self.features = nn.Linear(spec.feature_size, spec.hidden_size) if spec.feature_size else None
@@ -31,9 +34,18 @@ class InputEmbedding(nn.Module):
         try:
             return self.tokens(input_ids)
         except IndexError:
+            last = cast("nn.Embedding", self.tokens).num_embeddings - 1
             raise TwofoldError(
-                f"input_ids hold {int(input_ids.max())} (least {int(input_ids.min())}), but the vocabulary ends at {self.tokens.num_embeddings - 1}."
+                f"input_ids hold {int(input_ids.max())} (least {int(input_ids.min())}), but the vocabulary ends at {last}."
             ) from None
+
+    def check_hidden_states(self, name: str, hidden_states: Tensor) -> Tensor:
+        """[B, T, C], as it is. Raises TwofoldError for a shape that does not fit."""
+        if hidden_states.ndim != 3 or hidden_states.shape[-1] != self.hidden_size:
+            raise TwofoldError(
+                f"{name} have the shape {tuple(hidden_states.shape)}, but must be (batch, tokens, {self.hidden_size})."
+            )
+        return hidden_states
 
     def embed_features(self, features: Tensor) -> Tensor:
         """[B, T, F] -> [B, T, C]. Raises TwofoldError for a shape that does not fit."""

@@ -60,14 +60,18 @@ class Sequence:
 
         Padding is not counted, so a text has the same positions wherever it is padded; each of several packed documents is counted from 0.
         """
+        if self.key_mask is not None:
+            text = self.key_mask.long()
+        elif self.segments is not None:
+            text = torch.ones_like(self.segments, dtype=torch.long)
+        else:
+            return torch.arange(self.past_tokens, self.total_tokens, device=self.device)
+        counted = text.cumsum(dim=1)
         if self.segments is not None:
-            index = torch.arange(self.num_tokens, device=self.device).expand_as(self.segments)
             starts = torch.ones_like(self.segments, dtype=torch.bool)
             starts[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
-            return index - index.masked_fill(~starts, 0).cummax(dim=1).values
-        if self.key_mask is not None:
-            return (self.key_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -self.num_tokens :]
-        return torch.arange(self.past_tokens, self.total_tokens, device=self.device)
+            counted = counted - (counted - text).masked_fill(~starts, 0).cummax(dim=1).values
+        return (counted - 1).clamp(min=0)[:, -self.num_tokens :]
 
     def next_token_labels(self, labels: Tensor) -> Tensor:
         """Labels [B, T] of the tokens themselves -> labels of the tokens that follow, [B, T].

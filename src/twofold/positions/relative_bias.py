@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from twofold.errors import TwofoldError
-from twofold.lazy import Lazy
 from twofold.positions.scheme import PositionScheme
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    torch = Lazy("torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +42,13 @@ class RelativeBiasPositions(PositionScheme):
     def buckets(self, query_positions: Tensor, key_positions: Tensor, *, causal: bool) -> Tensor:
         """[T] and [S] -> [T, S], whole numbers below ``num_buckets``."""
         behind = query_positions[:, None] - key_positions[None, :]
-        count, first = self.num_buckets, torch.zeros_like(behind)
+        count, first = self.num_buckets, behind * 0
         if causal:
             distance = behind.clamp(min=0)
         else:
             count //= 2
             first, distance = count * (behind < 0).long(), behind.abs()
         exact = count // 2
-        spread = torch.log(distance.clamp(min=1).double() / exact) / math.log(self.max_distance / exact)
+        spread = (distance.clamp(min=1).double() / exact).log() / math.log(self.max_distance / exact)
         far = (exact + spread * (count - exact)).long().clamp(max=count - 1)
-        return first + torch.where(distance < exact, distance, far)
+        return first + distance.where(distance < exact, far)

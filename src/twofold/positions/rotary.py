@@ -7,14 +7,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from twofold.errors import TwofoldError
-from twofold.lazy import Lazy
 from twofold.positions.scheme import PositionScheme
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    torch = Lazy("torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,5 +75,6 @@ class RotaryPositions(PositionScheme):
 
 def rotary_angles(positions: Tensor, *, theta: float, pairs: int, base: int) -> Tensor:
     """p · theta^(-2i / base) for every position p [S] and pair i < ``pairs``: [S, pairs] in float64, since p may be large."""
-    index = torch.arange(pairs, device=positions.device, dtype=torch.float64)
-    return torch.outer(positions.to(torch.float64), theta ** (-2.0 * index / base))
+    # Methods of the tensor and no function of torch, which a compiler could not follow to where it is imported.
+    index = positions.new_ones(pairs).cumsum(dim=0).double() - 1
+    return positions.double()[:, None] * theta ** (-2.0 * index / base)
