@@ -11,16 +11,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
-from twofold.cost import cached_bytes_per_token, cached_floats_per_token, parameters
+from twofold.cost import cached_floats_per_token, dtype_bytes, parameters
 from twofold.errors import TwofoldError
 from twofold.spec import ModelSpec
-from twofold.study.plan import PlannedTask, StudyPlan, Variant
+from twofold.study.plan import Match, PlannedTask, StudyPlan, Variant
 from twofold.study.record import Entry, TaskFacts
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec, fingerprint_of
 
 PARAMETER_TOLERANCE = 0.01
+CACHE_DTYPE = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,23 +38,84 @@ class TaskAnswer:
     data_hash: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """A model and its counts."""
+
+    spec: ModelSpec
+    parameters: int
+    cached_floats_per_token: int
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> Self:
+        spec = ModelSpec.from_dict(fields)
+        return cls(spec=spec, parameters=parameters(spec), cached_floats_per_token=cached_floats_per_token(spec))
+
+
 def expand(plan: StudyPlan, ask: Callable[[TaskSpec], TaskAnswer]) -> tuple[dict[str, TaskFacts], tuple[Entry, ...]]:
     """The facts of the plan's tasks and its entries, in the order in which they are run.
 
     Raises TwofoldError, naming task and variant, for a model that cannot be and for a control that does not match what it says it matches.
     """
-    answers: dict[str, TaskAnswer] = {}
-    facts: dict[str, TaskFacts] = {}
-    entries: list[Entry] = []
-    for task in plan.planned_tasks:
-        spec = TaskSpec(name=task.task, options=task.options)
+    return _Expansion(plan, ask).expand()
+
+
+class _Expansion:
+    """What is asked of a task, and what a model counts, is worked out once: a grid repeats both many times."""
+
+    def __init__(self, plan: StudyPlan, ask: Callable[[TaskSpec], TaskAnswer]) -> None:
+        self.plan = plan
+        self._ask = ask
+        self._answers: dict[str, TaskAnswer] = {}
+        self._models: dict[str, _Model] = {}
+
+    def expand(self) -> tuple[dict[str, TaskFacts], tuple[Entry, ...]]:
+        facts: dict[str, TaskFacts] = {}
+        entries: list[Entry] = []
+        for task in self.plan.planned_tasks:
+            spec = TaskSpec(name=task.task, options=task.options)
+            answer = self._answer(task, spec)
+            facts[task.name] = _facts(task, answer)
+            entries += self._entries(task, spec, answer)
+        return facts, tuple(entries)
+
+    def _answer(self, task: PlannedTask, spec: TaskSpec) -> TaskAnswer:
         key = json.dumps([spec.name, dict(spec.options)], sort_keys=True)
-        if key not in answers:
-            answers[key] = _named(f"task {task.name}", partial(ask, spec))
-        answer = answers[key]
-        facts[task.name] = _facts(task, answer)
-        entries += _entries(plan, task, spec, answer)
-    return facts, tuple(entries)
+        if key not in self._answers:
+            self._answers[key] = _named(f"task {task.name}", partial(self._ask, spec))
+        return self._answers[key]
+
+    def _entries(self, task: PlannedTask, spec: TaskSpec, answer: TaskAnswer) -> Iterator[Entry]:
+        training = _named(f"task {task.name}", lambda: TrainingSpec(**task.training))
+        chosen = [variant for variant in self.plan.variants if variant.name in task.variants]
+        for variant in chosen:
+            # Of the variants that the task leaves out, which need not fit it, only those are made that are matched.
+            model = self._model(task, variant, answer)
+            for match in variant.matches:
+                _check(match, task, variant, model, self._model(task, self.plan.variant(match.variant), answer))
+            run = RunSpec(task=spec, model=model.spec, training=training, seed=0).to_dict()
+            yield Entry(
+                task=task.name,
+                variant=variant.name,
+                label=variant.label or str(model.spec.tie),
+                tie=str(model.spec.tie),
+                kind=variant.kind,
+                note=variant.note,
+                parameters=model.parameters,
+                cached_floats_per_token=model.cached_floats_per_token,
+                cached_bytes_per_token=model.cached_floats_per_token * dtype_bytes(CACHE_DTYPE),
+                data_hash=answer.data_hash,
+                run={name: value for name, value in run.items() if name != "seed"},
+                fingerprints={seed: fingerprint_of(run | {"seed": seed}) for seed in self.plan.seeds},
+            )
+
+    def _model(self, task: PlannedTask, variant: Variant, answer: TaskAnswer) -> _Model:
+        of_variant = task.variant_models.get(variant.name, {})
+        fields = {**self.plan.model, **answer.model_fields, **task.model, **variant.model, **of_variant}
+        key = json.dumps(fields, sort_keys=True)
+        if key not in self._models:
+            self._models[key] = _named(f"task {task.name}, variant {variant.name}", lambda: _Model.of(fields))
+        return self._models[key]
 
 
 def _facts(task: PlannedTask, answer: TaskAnswer) -> TaskFacts:
@@ -64,51 +126,26 @@ def _facts(task: PlannedTask, answer: TaskAnswer) -> TaskFacts:
     )  # fmt: skip
 
 
-def _entries(plan: StudyPlan, task: PlannedTask, spec: TaskSpec, answer: TaskAnswer) -> Iterator[Entry]:
-    training = _named(f"task {task.name}", lambda: TrainingSpec(**task.training))
-    chosen = [variant for variant in plan.variants if variant.name in task.variants]
-    # A variant that the task leaves out need not fit it (a + on a causal task): only those that are run, or matched, are made.
-    needed = {variant.name for variant in chosen} | {match.variant for variant in chosen for match in variant.matches}
-    models = {name: _model(plan, task, plan.variant(name), answer) for name in sorted(needed)}
-    for variant in chosen:
-        model = models[variant.name]
-        _check_matches(task, variant, models)
-        runs = [RunSpec(task=spec, model=model, training=training, seed=seed) for seed in plan.seeds]
-        yield Entry(
-            task=task.name,
-            variant=variant.name,
-            label=variant.label or str(model.tie),
-            tie=str(model.tie),
-            kind=variant.kind,
-            note=variant.note,
-            parameters=parameters(model),
-            cached_floats_per_token=cached_floats_per_token(model),
-            cached_bytes_per_token=cached_bytes_per_token(model, "bf16"),
-            data_hash=answer.data_hash,
-            run={name: value for name, value in runs[0].to_dict().items() if name != "seed"},
-            fingerprints={run.seed: run.fingerprint for run in runs},
+def _check(match: Match, task: PlannedTask, variant: Variant, own: _Model, other: _Model) -> None:
+    if match.quantity == "cache":
+        what, has, wanted, tolerance = (
+            "cached floats per token",
+            own.cached_floats_per_token,
+            other.cached_floats_per_token,
+            0.0,
         )
-
-
-def _model(plan: StudyPlan, task: PlannedTask, variant: Variant, answer: TaskAnswer) -> ModelSpec:
-    of_variant = task.variant_models.get(variant.name, {})
-    fields = {**plan.model, **answer.model_fields, **task.model, **variant.model, **of_variant}
-    return _named(f"task {task.name}, variant {variant.name}", lambda: ModelSpec.from_dict(fields))
-
-
-def _check_matches(task: PlannedTask, variant: Variant, models: Mapping[str, ModelSpec]) -> None:
-    own = models[variant.name]
-    for match in variant.matches:
-        other = models[match.variant]
-        count = cached_floats_per_token if match.quantity == "cache" else parameters
-        has, wanted = count(own), count(other)
-        tolerance = 0 if match.quantity == "cache" else PARAMETER_TOLERANCE * wanted
-        if abs(has - wanted) > tolerance:
-            what = "cached floats per token" if match.quantity == "cache" else "parameters"
-            raise TwofoldError(
-                f"On task {task.name}, {variant.name} has {has} {what} and {match.variant}, which it says it matches, has {wanted}: "
-                "change its heads or sizes, or drop the claim from its matches."
-            )
+    else:
+        what, has, wanted, tolerance = (
+            "parameters",
+            own.parameters,
+            other.parameters,
+            PARAMETER_TOLERANCE * other.parameters,
+        )
+    if abs(has - wanted) > tolerance:
+        raise TwofoldError(
+            f"On task {task.name}, {variant.name} has {has} {what} and {match.variant}, which it says it matches, has {wanted}: "
+            "change its heads or sizes, or drop the claim from its matches."
+        )
 
 
 def _named(where: str, make: Callable[[], Any]) -> Any:

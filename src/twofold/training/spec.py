@@ -108,7 +108,12 @@ class RunSpec:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the run's canonical JSON: two runs are the same exactly when these agree."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(self.to_dict())
+
+
+def fingerprint_of(run: Mapping[str, Any]) -> str:
+    """The fingerprint of a run that is given as :meth:`RunSpec.to_dict` makes it."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
 def _require(spec: object, name: str, holds: bool, wanted: str) -> None:
