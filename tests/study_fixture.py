@@ -141,6 +141,6 @@ def _write_run(planned: PlannedRun, study_folder: Path, state: str) -> None:
 
 
 def _scores(planned: PlannedRun, loss: float) -> dict[str, float]:
-    if planned.entry.task == "bytes":
+    if planned.entry.task.startswith("bytes"):
         return {"loss": loss, "bits_per_byte": loss / math.log(2), "perplexity": math.exp(loss)}
     return {"loss": loss, "accuracy": 1 / (1 + loss)}

@@ -63,14 +63,14 @@ def _tables(summary: Summary, section: Section, rows: pd.DataFrame) -> dict[str,
     """For each variant a table tokens × seeds, thinned to MAX_POINTS."""
     runs = summary.results.runs
     done = runs[(runs.task == section.tasks[0]) & (runs.status == "done")]
+    of_variants = dict(list(rows[np.isfinite(rows.value)].groupby("variant", sort=False)))
     tables = {}
     for variant in section.variants:
-        own = rows[(rows.variant == variant.name) & np.isfinite(rows.value)]
-        seeds = set(done[done.variant == variant.name].seed) & set(own.seed)
-        if seeds:
-            own = own[own.seed.isin(seeds)]
-        if len(own):
-            table = own.pivot_table(index="tokens", columns="seed", values="value").sort_index()
+        if variant.name in of_variants:
+            own = of_variants[variant.name]
+            if seeds := set(done[done.variant == variant.name].seed) & set(own.seed):
+                own = own[own.seed.isin(seeds)]
+            table = own.pivot(index="tokens", columns="seed", values="value").sort_index()
             tables[variant.name] = table.iloc[_thinned(len(table))]
     return tables
 

@@ -55,10 +55,11 @@ def frontier(section: Section, width: float = 880, height: float = 460, *, stati
         placed = _labels(points, numbers, width, height, y)
     key = _key(points, width, height) if numbered else []
     right = width - 8
+    axis = f"{metric_name(section.loss_metric)}, held out (lower is better)"
     parts = [
         tag(
             "text",
-            f"{metric_name(section.loss_metric)}, held out (lower is better)",
+            f"{section.title}: {axis}" if static else axis,
             x=0.0,
             y=16.0,
             class_="axis-title",
@@ -71,6 +72,7 @@ def frontier(section: Section, width: float = 880, height: float = 460, *, stati
         group([_drawn(point, section, static=static) for point in points]),
         *markers.labels(placed),
         *key,
+        *(_legend(section, width, height) if static else ()),
     ]
     return svg(
         parts, width, height + _key_height(len(points), width) * numbered, label=alternative(section), class_="frontier"
@@ -254,6 +256,23 @@ def _steps(points: Sequence[_Point]) -> list[markers.Box]:
         boxes.append(markers.Box(left=front[-1].column, right=1e6, top=front[-1].y - 2, bottom=front[-1].y + 2))
         boxes.append(markers.Box(left=front[0].column - 2, right=front[0].column + 2, top=0, bottom=front[0].y))
     return boxes
+
+
+def _legend(section: Section, width: float, height: float) -> list[Markup]:
+    """What the marks and bars mean, for a picture that stands alone."""
+    shown = (("reference", 350.0, "reference"), ("tie", 258.0, "tie"), ("control", 208.0, "control"))
+    parts = [markers.marker(kind, width - left, 11.5, size=4.5) for kind, left, _ in shown]
+    parts += [tag("text", text, x=width - left + 10, y=16.0, class_="axis-title") for _, left, text in shown]
+    x = width - 132
+    step = f"M{coordinate(x)},6 H{coordinate(x + 14)} V17 H{coordinate(x + 28)}"
+    seeds = max(variant.loss.n for variant in section.measured)
+    words = f"means and 95% intervals over {seeds} seeds" if seeds > 1 else "one seed: no intervals"
+    return [
+        *parts,
+        tag("path", d=step, class_="front-line"),
+        tag("text", "Pareto front", x=x + 36, y=16.0, class_="axis-title"),
+        tag("text", words, x=width - 8, y=height - 16.0, class_="axis-title", text_anchor="end"),
+    ]
 
 
 def _key(points: Sequence[_Point], width: float, height: float) -> list[Markup]:

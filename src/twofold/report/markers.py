@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from markupsafe import Markup
 
@@ -59,7 +60,7 @@ class Placed:
     end: bool
     leader: tuple[tuple[float, float], tuple[float, float]] | None
 
-    @property
+    @cached_property
     def box(self) -> Box:
         """The room the text takes."""
         width = text_width(self.text, LABEL_SIZE)

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from twofold.report import rows
 from twofold.report.answer import answer, status
-from twofold.report.curves import Curve, curves
+from twofold.report.curves import Curve, CurveSet, curves
 from twofold.report.forest import forest
 from twofold.report.frontier import frontier, outliers
 from twofold.report.lines import lines, style
@@ -58,6 +58,7 @@ def page(summary: Summary, files: Mapping[str, str], report_command: str) -> str
             ],
             status=status(summary),
             standing=_standing(summary),
+            is_mixed=rows.is_mixed(summary),
             answers=[view for view in views if view["answer"]],
             overview=rows.overview(summary),
             sections=views,
@@ -74,10 +75,12 @@ def page(summary: Summary, files: Mapping[str, str], report_command: str) -> str
 
 def run_command(summary: Summary, section: Section | None = None) -> str:
     """The command that makes the study's runs again, or those of one section."""
-    command = str(summary.results.provenance.get("command") or f"twofold study run {shlex.quote(summary.plan.name)}")
-    if section is None or " --only" in command or len(summary.results.tasks) == 1:
-        return command
-    return f"{command} --only {shlex.quote(section.name)}"
+    words = shlex.split(str(summary.results.provenance.get("command") or f"twofold study run {summary.plan.name}"))
+    # A study may have been begun with a part of itself.
+    whole = [word for before, word in zip(["", *words], words, strict=False) if "--only" not in (before, word)]
+    if section is not None and len(summary.sections) > 1:
+        whole += ["--only", section.name]
+    return shlex.join(whole)
 
 
 def figure_style() -> str:
@@ -86,6 +89,7 @@ def figure_style() -> str:
 
 
 def _view(summary: Summary, section: Section, *, is_one_of_many: bool) -> dict[str, Any]:
+    shown = None if section.is_grid else curves(summary, section)
     view: dict[str, Any] = {
         "id": rows.section_id(section),
         "section": section,
@@ -99,8 +103,8 @@ def _view(summary: Summary, section: Section, *, is_one_of_many: bool) -> dict[s
         "has_score": section.score != section.loss_metric,
         "rows": rows.variant_rows(section),
         "front_rows": rows.front_rows(section),
-        "curves": [] if section.is_grid else _curve_panels(summary, section),
-        "curve_tables": [] if section.is_grid else rows.curve_tables(section, curves(summary, section)),
+        "curves": [] if shown is None else _curve_panels(section, shown),
+        "curve_tables": [] if shown is None else rows.curve_tables(section, shown),
         "legend": [{"name": v.name, "label": v.label, "style": style(v)} for v in section.variants],
         "differences": rows.difference_rows(section),
         "grid": rows.grid(summary, section) if section.is_grid else None,
@@ -116,9 +120,8 @@ def _view(summary: Summary, section: Section, *, is_one_of_many: bool) -> dict[s
     return view
 
 
-def _curve_panels(summary: Summary, section: Section) -> list[dict[str, Any]]:
+def _curve_panels(section: Section, shown: CurveSet) -> list[dict[str, Any]]:
     """Held out, training, and held out minus the reference: whichever has anything to show."""
-    shown = curves(summary, section)
     held_out, train = metric_name(section.loss_metric), metric_name(shown.metric)
     reference = section.reference.label
     candidates: list[tuple[str, str, str, tuple[Curve, ...]]] = [
@@ -163,8 +166,8 @@ def _standing(summary: Summary) -> str:
     if not summary.is_running:
         return "Nobody is running it now; the same command goes on where it stopped." if summary.states["done"] else ""
     seconds = [v.seconds for section in summary.sections for v in section.variants if v.done]
-    workers = summary.results.provenance.get("workers")
-    if not seconds or not isinstance(workers, int) or workers < 1:
+    workers = rows.workers(summary)
+    if not seconds or not workers:
         return ""
     left = (summary.states["pending"] + summary.states["running"] / 2) * sum(seconds) / len(seconds) / workers
     return f"About {duration(left)} left, by the mean time of the runs that are done."

@@ -198,7 +198,7 @@ def provenance(summary: Summary) -> list[tuple[str, str]]:
         ("With", ", ".join(versions)),
         ("Hardware", ", ".join(machine)),
         ("Platform", str(told.get("platform") or "")),
-        ("Workers", str(told.get("workers") or "")),
+        ("Workers", str(workers(summary) or "")),
         ("Seeds", ", ".join(map(str, summary.plan.seeds))),
         ("Begun", str(told.get("started_at") or "")),
         ("Plan, SHA-256", summary.plan.plan_hash),
@@ -212,13 +212,32 @@ _HARDWARE = (("cpu", ""), ("cores", " cores"), ("memory_gib", " GiB of memory"))
 _HISTORY = (("invocations", "Run by"), ("code_changes", "Code changed"), ("plan_changes", "Plan changed"))
 
 
+def workers(summary: Summary) -> int:
+    """How many processes train, or trained last; 0 where that is not known."""
+    told = summary.results.provenance
+    last = (told.get("invocations") or [{}])[-1]
+    found = last.get("workers") or told.get("workers")
+    return found if isinstance(found, int) else 0
+
+
+def is_mixed(summary: Summary) -> bool:
+    """Whether the runs came from more than one version of the code or the plan, which somebody accepted."""
+    return any(summary.results.provenance.get(name) for name in ("code_changes", "plan_changes"))
+
+
 def _listed(values: Any) -> str:
     """A list of the record, each item as plain text."""
     items = values if isinstance(values, list) else []
     return "; ".join(
-        ", ".join(f"{key}: {value}" for key, value in item.items()) if isinstance(item, dict) else str(item)
+        ", ".join(f"{key}: {_plain(value)}" for key, value in item.items() if value not in ([], ""))
+        if isinstance(item, dict)
+        else str(item)
         for item in items
     )
+
+
+def _plain(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def hashes(summary: Summary) -> list[Row]:
