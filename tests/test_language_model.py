@@ -301,7 +301,7 @@ def assert_compiles(spec: ModelSpec, backend: str) -> None:
         torch.testing.assert_close(gradient, wanted[name])
 
 
-@pytest.mark.parametrize("positions", sorted(POSITIONS))
+@pytest.mark.parametrize("positions", ["partial", "stream", "shared", "bias"])
 def test_a_model_is_one_graph(positions: str):
     assert_compiles(LLAMA.with_changes(positions=POSITIONS[positions]), "eager")
 

@@ -133,7 +133,7 @@ def training_flops_per_token(spec: ModelSpec, context: int) -> float:
     combination of projections into a derived role) are not counted.
     """
     _require_context(context)
-    weights = sum(rows * columns for rows, columns in _matrices(spec)) + _head_weights_per_token(spec, context)
+    weights = sum(rows * columns for rows, columns in _matrices(spec)) + _outer_weights_per_token(spec, context)
     return 3.0 * (2 * weights + _attention_flops(spec, lambda attention: _mean_visible(attention, context)))
 
 
@@ -145,25 +145,24 @@ def decode_flops_per_token(spec: ModelSpec, context: int) -> float:
     _require_context(context)
     if not spec.causal:
         raise TwofoldError("Only a causal model decodes token by token; this one is not causal.")
-    weights = sum(rows * columns for rows, columns in _matrices(spec)) + _head_weights_per_token(spec, 1)
+    weights = sum(rows * columns for rows, columns in _matrices(spec)) + _outer_weights_per_token(spec, 1)
     return 2.0 * weights + _attention_flops(spec, lambda attention: _visible(attention, context))
 
 
 def _matrices(spec: ModelSpec) -> Iterator[tuple[int, int]]:
-    """Every linear map that each token passes, the head left out; looking up an embedding is not a product."""
+    """Every linear map that all tokens pass, the head left out; looking up an embedding is not a product."""
     for attention in _layers(spec):
         yield from _attention_matrices(attention)
         yield from _mlp_matrices(spec)
     if spec.feature_size:
         yield spec.feature_size, spec.hidden_size
-    if spec.architecture == "image_classification":
-        yield spec.num_channels * spec.patch_size**2, spec.hidden_size
 
 
-def _head_weights_per_token(spec: ModelSpec, context: int) -> float:
-    """The head's weights; an image classifier reads one token of each image."""
+def _outer_weights_per_token(spec: ModelSpec, context: int) -> float:
+    """The head's weights; of an image classifier's tokens one is read by the head, and the others come out of the map of patches."""
     if spec.architecture == "image_classification":
-        return spec.hidden_size * spec.num_labels / context
+        patch = spec.num_channels * spec.patch_size**2 * spec.hidden_size
+        return (spec.hidden_size * spec.num_labels + patch * (context - 1)) / context
     return spec.hidden_size * (spec.num_labels if spec.architecture == "token_classification" else spec.vocab_size)
 
 
