@@ -204,6 +204,7 @@ def test_damaged_checkpoints(tmp_path, caplog):
     shutil.copytree(tmp_path / "run", tmp_path / "worse")
     train(run, tmp_path / "run", task=Progressions())
     assert "step-00000006 is damaged" in caplog.text
+    assert saved_steps(tmp_path / "run") == [6, 8]
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     (tmp_path / "worse" / "checkpoints" / old.name / "optimizer.safetensors").unlink()
     with pytest.raises(TwofoldError, match=r"No checkpoint in .*worse.checkpoints is whole \(.*\): remove"):
