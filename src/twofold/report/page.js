@@ -137,7 +137,11 @@
       });
     });
   }
-  window.addEventListener("scroll", hideTip, { passive: true });
+  // Focus may scroll the page: the tip of a point that has it goes along.
+  window.addEventListener("scroll", () => {
+    const point = document.activeElement?.closest?.(".point");
+    if (point && !tip.hidden) showTip(point); else hideTip();
+  }, { passive: true });
 
   // Where one is.
   const links = new Map(all("nav a").map((link) => [link.hash.slice(1), link]));
