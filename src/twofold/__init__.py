@@ -16,6 +16,7 @@ from twofold._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from twofold.attention import Attention
+    from twofold.cache import TiedCache
     from twofold.errors import TieError, TwofoldError
     from twofold.models import (
         TwofoldConfig,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         TwofoldForImageClassification,
         TwofoldForTokenClassification,
         build_model,
+        load_model,
     )
     from twofold.positions import (
         LearnedPositions,
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from twofold.spec import AttentionSpec, ModelSpec
     from twofold.study.plan import StudyPlan
     from twofold.study.results import Results
+    from twofold.tasks import load_task
     from twofold.tie import Tie, TiePattern
+    from twofold.training.evaluation import evaluate
     from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
     from twofold.training.trainer import Outcome, train
 
@@ -57,6 +61,7 @@ __all__ = [
     "Tie",
     "TieError",
     "TiePattern",
+    "TiedCache",
     "TrainingSpec",
     "TwofoldConfig",
     "TwofoldError",
@@ -65,6 +70,9 @@ __all__ = [
     "TwofoldForTokenClassification",
     "__version__",
     "build_model",
+    "evaluate",
+    "load_model",
+    "load_task",
     "train",
 ]
 
@@ -87,6 +95,7 @@ _HOMES = {
     "Tie": "tie",
     "TieError": "errors",
     "TiePattern": "tie",
+    "TiedCache": "cache",
     "TrainingSpec": "training.spec",
     "TwofoldConfig": "models",
     "TwofoldError": "errors",
@@ -94,6 +103,9 @@ _HOMES = {
     "TwofoldForImageClassification": "models",
     "TwofoldForTokenClassification": "models",
     "build_model": "models",
+    "evaluate": "training.evaluation",
+    "load_model": "models",
+    "load_task": "tasks",
     "train": "training.trainer",
 }
 _MODULES = (

@@ -87,7 +87,7 @@ class StudyProgressBars:
     def report(self, now: StudyProgress) -> None:
         """Move the bars, and tell of the runs that have ended since the last report."""
         self.last = now
-        shown = _time_left(now.seconds_left)
+        shown = "reading the tasks' data" if now.phase == "starting" else _time_left(now.seconds_left)
         shown += f" · {now.failed} failed" if now.failed else ""
         self._progress.update(self._study, completed=now.done + now.failed, total=now.total or None, told=shown)
         under_way = {run.path: run for run in now.under_way}
