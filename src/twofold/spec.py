@@ -114,6 +114,7 @@ class ModelSpec:
             object.__setattr__(self, "tie", TiePattern.parse(str(self.tie)))
         if isinstance(self.positions, Mapping):
             object.__setattr__(self, "positions", positions_from_dict(self.positions))
+        _require_types(self)
         object.__setattr__(self, "window_tokens", tuple(self.window_tokens))
         _require_choice(self, architecture=Architecture, norm=Norm, activation=Activation)
         _require_positive(self, "hidden_size", "num_hidden_layers", "intermediate_size")
@@ -188,6 +189,29 @@ class ModelSpec:
 _SHARED_WITH_ATTENTION = tuple(
     f.name for f in fields(AttentionSpec) if f.name in {g.name for g in fields(ModelSpec)} - {"tie", "window_tokens"}
 )
+
+
+def _require_types(spec: ModelSpec) -> None:
+    """What a file may hold is anything at all; a wrong kind of value would be an error of Python's, far from here."""
+    kinds: dict[str, tuple[Any, str]] = {
+        "int": (int, "a whole number"),
+        "float": ((int, float), "a number"),
+        "bool": (bool, "true or false"),
+    }
+    for f in fields(spec):
+        value = getattr(spec, f.name)
+        kind, words = kinds.get(str(f.type), (object, ""))
+        if not isinstance(value, kind) or (isinstance(value, bool) and f.type in ("int", "float")):
+            raise TwofoldError(f"{f.name} is {value!r}, but it must be {words}.")
+    if not isinstance(spec.tie, TiePattern):
+        raise TwofoldError(f"tie is {spec.tie!r}, but it must be a tie or a pattern of ties, such as '(Q, K=V)'.")
+    if not isinstance(spec.positions, PositionScheme):
+        raise TwofoldError(
+            f"positions are {spec.positions!r}, but they must be a scheme, such as {{'kind': 'rotary'}}."
+        )
+    windows: object = spec.window_tokens
+    if not isinstance(windows, (list, tuple)) or not all(type(window) is int for window in windows):
+        raise TwofoldError(f"window_tokens is {windows!r}, but it must be a list of whole numbers, one for each layer.")
 
 
 def _require_positive(spec: object, *names: str) -> None:

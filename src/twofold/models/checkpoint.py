@@ -57,7 +57,10 @@ def _config(folder: Path) -> TwofoldConfig:
         raise TwofoldError(
             f"{folder / 'config.json'} is of the model type {values.get('model_type')!r}, not of {TwofoldConfig.model_type!r}."
         )
-    return TwofoldConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return TwofoldConfig.from_pretrained(folder, local_files_only=True)
+    except TwofoldError as error:
+        raise TwofoldError(f"{folder / 'config.json'} describes no model. {error}") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -89,14 +92,27 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        parts = _json(folder / INDEX).get("weight_map", {})
-        return [folder / name for name in sorted(set(parts.values()))]
+        return _parts(folder)
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise TwofoldError(
             f"{folder / pickles[0]} is a pickle, which can run any code when it is read: convert it to {WEIGHTS} first."
         )
     raise TwofoldError(f"There are no weights in {folder}: it holds no {WEIGHTS}.")
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The files that an index names."""
+    parts = _json(folder / INDEX).get("weight_map")
+    if not isinstance(parts, dict) or not parts:
+        raise TwofoldError(f"{folder / INDEX} names no files: the checkpoint is damaged, take another one.")
+    names = sorted({str(name) for name in parts.values()})
+    for name in names:
+        if not (folder / name).is_file():
+            raise TwofoldError(
+                f"{folder} lacks {name}, which its index names: the checkpoint is not whole, take another one."
+            )
+    return [folder / name for name in names]
 
 
 def _compare(

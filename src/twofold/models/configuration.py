@@ -101,7 +101,8 @@ class TwofoldConfig(PreTrainedConfig):
     def _usual_positions(self) -> dict[str, Any]:
         if self.architecture == "causal_lm":
             return {"kind": "rotary"}
-        if self.architecture == "image_classification" and self.patch_size:
+        sizes_are_numbers = isinstance(self.image_size, int) and isinstance(self.patch_size, int)
+        if self.architecture == "image_classification" and sizes_are_numbers and self.patch_size > 0:
             return {"kind": "learned", "length": (self.image_size // self.patch_size) ** 2 + 1}
         return {"kind": "none"}
 
