@@ -116,9 +116,14 @@ class Checkpoints:
             )
         return None
 
-    def clean(self) -> None:
-        """Remove what a killed process left half written."""
+    def clean(self, step: int) -> None:
+        """Remove what a run that goes on from ``step`` has no use for: what is half written, damaged, or older than the last two."""
         remove_leftovers(self.folder)
+        whole = self._path(step)
+        for path in [path for path in self._newest_first() if path > whole]:
+            remove_folder(path)
+        for path in self._newest_first()[KEPT:]:
+            remove_folder(path)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

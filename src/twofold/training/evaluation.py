@@ -27,7 +27,8 @@ def evaluate(
     # Apple's processors have no float64: what is to be summed goes to the CPU.
     home = torch.device("cpu") if device.type == "mps" else device
     totals: dict[str, Tensor] = {}
-    with torch.inference_mode(), _evaluating(model):
+    # Not inference_mode: a table that a model makes here and keeps could not be used in training after.
+    with torch.no_grad(), _evaluating(model):
         for counts, batch in _share(task.held_out_batches(batch_size), accelerator):
             moved = on_device(batch, device)
             with nullcontext() if accelerator is None else accelerator.autocast():

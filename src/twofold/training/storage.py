@@ -38,7 +38,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file by a text."""
-    partial = path.with_name(f"{HIDDEN}{path.name}.{os.getpid()}")
+    partial = path.with_name(f"{HIDDEN}{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -85,10 +85,13 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what an earlier process was killed over: hidden folders that were being written or removed."""
+    """Remove what an earlier process was killed over: hidden files and folders that were being written or removed."""
     for pattern in (f"{HIDDEN}*.partial", f"{HIDDEN}*.removed"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sync_folder(path: Path) -> None:

@@ -30,6 +30,7 @@ from twofold.training.schedule import learning_rate
 from twofold.training.spec import RunSpec
 from twofold.training.step import LossLedger, Stepper
 from twofold.training.stopwatch import Stopwatch
+from twofold.training.storage import writing
 
 __all__ = ["Outcome", "Progress", "Report", "train"]
 
@@ -140,7 +141,8 @@ class _Session:
     def _opened_log(self, tensorboard: bool) -> AbstractContextManager[MetricsLog | None]:
         if not self.accelerator.is_main_process:
             return nullcontext()
-        self.checkpoints.clean()
+        with writing(self.home.path):
+            self.checkpoints.clean(self.step)
         return MetricsLog(self.home.path, step=self.step, tensorboard=tensorboard)
 
     @property
