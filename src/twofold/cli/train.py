@@ -126,11 +126,7 @@ def model_of(preset: ModelSpec, sizes: Sizes, dictated: Mapping[str, Any], chose
                 f"--model-field {name}={value} contradicts the task, which dictates {dictated[name]}: leave it out."
             )
     model = ModelSpec.from_dict({**preset.to_dict(), **NO_INPUTS, **dictated})
-    try:
-        return sizes.of(model).with_changes(**chosen)
-    except (TypeError, ValueError) as error:
-        given = ", ".join(f"{name}={value}" for name, value in chosen.items())
-        raise TwofoldError(f"{given} does not fit a model ({error}): give a number where one belongs.") from None
+    return sizes.of(model).with_changes(**chosen)
 
 
 def _resumed(context: typer.Context, folder: Path | None) -> RunSpec:
