@@ -29,6 +29,7 @@ TOP, BOTTOM, LEFT = 40, 62, 58
 MAX_DODGE = 15.0
 LOG_LOSS_RATIO = 8.0
 CAP = 4
+MAX_KEYED = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +48,8 @@ def frontier(section: Section, width: float = 880, height: float = 460, *, stati
     y = _loss_scale([variant for variant in variants if variant.name not in beyond], TOP, height - BOTTOM)
     x = _cost_scale(section, width)
     points = _points(variants, x, y)
-    texts = [_label(point) for point in points]
-    placed = _labels(points, texts, width, height, y)
-    numbered = len(placed) < 0.75 * len(points)
-    if numbered:
-        numbers = [f"{index + 1}{' ↑' * point.is_beyond}" for index, point in enumerate(points)]
-        placed = _labels(points, numbers, width, height, y)
-    key = _key(points, width, height) if numbered else []
+    placed, keyed = _placed(points, width, height, y)
+    key = _key([points[index] for index in keyed], width, height)
     right = width - 8
     axis = f"{metric_name(section.loss_metric)}, held out (lower is better)"
     parts = [
@@ -74,9 +70,7 @@ def frontier(section: Section, width: float = 880, height: float = 460, *, stati
         *key,
         *(_legend(section, width, height) if static else ()),
     ]
-    return svg(
-        parts, width, height + _key_height(len(points), width) * numbered, label=alternative(section), class_="frontier"
-    )
+    return svg(parts, width, height + _key_height(len(keyed), width), label=alternative(section), class_="frontier")
 
 
 def outliers(section: Section) -> set[str]:
@@ -226,6 +220,22 @@ def _front_line(points: Sequence[_Point], y: Scale, right: float) -> Markup:
 # Labels
 
 
+def _placed(
+    points: Sequence[_Point], width: float, height: float, y: Scale
+) -> tuple[list[markers.Placed], Sequence[int]]:
+    """The labels; and the points that have a number for a label, because their own found no room. If these are many, all have one."""
+    texts = [_label(point) for point in points]
+    placed = _labels(points, texts, width, height, y)
+    keyed = [index for index in range(len(points)) if index not in placed]
+    if len(keyed) > MAX_KEYED * len(points):
+        keyed = list(range(len(points)))
+    for number, index in enumerate(keyed, start=1):
+        texts[index] = f"{number}{' ↑' * points[index].is_beyond}"
+    if keyed:
+        placed = _labels(points, texts, width, height, y)
+    return list(placed.values()), keyed
+
+
 def _label(point: _Point) -> str:
     variant = point.variant
     return f"{variant.label} ↑ {with_interval(variant.loss).partition(' ')[0]}" if point.is_beyond else variant.label
@@ -233,7 +243,7 @@ def _label(point: _Point) -> str:
 
 def _labels(
     points: Sequence[_Point], texts: Sequence[str], width: float, height: float, y: Scale
-) -> list[markers.Placed]:
+) -> dict[int, markers.Placed]:
     obstacles = [markers.Box(left=p.x - 7, top=p.y - 7, right=p.x + 7, bottom=p.y + 7) for p in points]
     for point in points:
         loss = point.variant.loss
@@ -242,7 +252,7 @@ def _labels(
             obstacles.append(markers.Box(left=point.x - 4, top=high, right=point.x + 4, bottom=low))
     anchors = [markers.Anchor(x=point.x, y=point.y, text=text) for point, text in zip(points, texts, strict=True)]
     room = markers.Box(left=LEFT - 6, top=TOP - 14, right=width, bottom=height - BOTTOM + 2)
-    return list(markers.place(anchors, obstacles, _steps(points), room).values())
+    return markers.place(anchors, obstacles, _steps(points), room)
 
 
 def _steps(points: Sequence[_Point]) -> list[markers.Box]:
@@ -279,10 +289,10 @@ def _key(points: Sequence[_Point], width: float, height: float) -> list[Markup]:
     """What the numbers stand for, under the plot."""
     columns = _key_columns(width)
     parts = []
-    for index, point in enumerate(points):
-        x = 4 + (index % columns) * width / columns
-        y = height + 12.0 + (index // columns) * 20
-        parts.append(tag("text", f"{index + 1}", x=x + 12, y=y, class_="tick", text_anchor="end"))
+    for place, point in enumerate(points):
+        x = 4 + (place % columns) * width / columns
+        y = height + 12.0 + (place // columns) * 20
+        parts.append(tag("text", f"{place + 1}", x=x + 12, y=y, class_="tick", text_anchor="end"))
         parts.append(markers.marker(_kind(point.variant), x + 25, y - 4.5, size=4.5))
         parts.append(tag("text", point.variant.label, x=x + 36, y=y, class_="label"))
     return parts
@@ -293,4 +303,4 @@ def _key_columns(width: float) -> int:
 
 
 def _key_height(points: int, width: float) -> float:
-    return 20.0 * math.ceil(points / _key_columns(width)) + 6
+    return 20.0 * math.ceil(points / _key_columns(width)) + 6 if points else 0.0

@@ -95,13 +95,25 @@ def place(anchors: Sequence[Anchor], obstacles: Sequence[Box], avoided: Sequence
         free = [
             candidate
             for candidate in _candidates(anchors[index])
-            if candidate.box.inside(room) and not any(candidate.box.meets(other) for other in taken)
+            if candidate.box.inside(room)
+            and not any(candidate.box.meets(other) for other in taken)
+            # A label that is nearer to another point than to its own would be read as that one's.
+            and _is_plain(anchors[index], candidate, obstacles)
         ]
         clear = [candidate for candidate in free if not any(candidate.box.meets(other) for other in avoided)]
         for candidate in (*clear, *free)[:1]:
             placed[index] = candidate
             taken.append(candidate.box)
     return placed
+
+
+def _is_plain(anchor: Anchor, placed: Placed, obstacles: Sequence[Box]) -> bool:
+    """Whether the way from the label to its point crosses nothing that is another's."""
+    x_to = min(max(anchor.x, placed.box.left), placed.box.right)
+    y_to = min(max(anchor.y, placed.box.top), placed.box.bottom)
+    others = [box for box in obstacles if not (box.left <= anchor.x <= box.right and box.top <= anchor.y <= box.bottom)]
+    steps = [(anchor.x + (x_to - anchor.x) * share / 8, anchor.y + (y_to - anchor.y) * share / 8) for share in range(9)]
+    return not any(box.left < x < box.right and box.top < y < box.bottom for box in others for x, y in steps)
 
 
 def _candidates(anchor: Anchor) -> Iterator[Placed]:
@@ -111,7 +123,8 @@ def _candidates(anchor: Anchor) -> Iterator[Placed]:
             for reach in (10, 24) if abs(dy) > 5 else (10,):
                 side = -1 if end else 1
                 x, y = anchor.x + side * reach, anchor.y + dy + 4.5
-                leader = ((anchor.x + side * 5, anchor.y + dy * 0.3), (x - side * 2, y - 4.5)) if abs(dy) > 9 else None
+                far = abs(dy) > 9 or reach > 10
+                leader = ((anchor.x + side * 5, anchor.y + dy * 0.3), (x - side * 2, y - 4.5)) if far else None
                 yield Placed(x=x, y=y, text=anchor.text, end=end, leader=leader)
     for dy in (-10, 19):
         width = text_width(anchor.text, LABEL_SIZE)
