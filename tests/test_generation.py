@@ -204,8 +204,9 @@ def test_mistakes():
             generated(model, tokens, cache_implementation=implementation)
     cache = TiedCache(LLAMA)
     model(tokens, cache=cache)
-    with pytest.raises(TwofoldError, match="document_ids cannot continue a cache"):
-        model(tokens, cache=cache, document_ids=torch.zeros_like(tokens))
+    for options in ({"cache": cache}, {"cache": TiedCache(LLAMA)}, {"use_cache": True}):
+        with pytest.raises(TwofoldError, match="Packed documents are read at once"):
+            model(tokens, document_ids=torch.zeros_like(tokens), **options)
     with pytest.raises(TwofoldError, match=r"attention_mask has the shape \(2, 6\).*\(2, 12\)"):
         model(tokens, cache=cache, attention_mask=torch.ones_like(tokens))
     recompute_layers(model.train())
