@@ -1,0 +1,105 @@
+"""Results on these pages: numbers are quoted from the reports' own files, never typed.
+
+    python docs/quote.py                   # rewrite what stands between <!-- result: NAME --> and <!-- end -->
+    python docs/quote.py studies/laptop    # first take the report of a study folder into docs/results/laptop
+
+A block ``<!-- result: NAME -->`` holds the picture and the answer of ``docs/results/NAME``; the block ``<!-- results -->`` lists all results that there
+are. A test fails where a page says anything else than the reports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path("docs", "results")
+BLOCK = re.compile(r"(<!-- result(?:s|: (?P<name>\S+)) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """The pages that may quote."""
+    own = [root / "README.md", *(root / "docs").glob("*.md"), root / RESULTS / "index.md"]
+    return sorted(page for page in own if page.exists())
+
+
+def quoted(page: Path, root: Path = ROOT) -> str:
+    """The page's text with every block as the reports have it."""
+
+    def block(found: re.Match[str]) -> str:
+        lines = _quote(page, root, found["name"]) if found["name"] else _list(page, root)
+        return found[1] + "".join(f"{line}\n" for line in lines) + found[3]
+
+    return BLOCK.sub(block, page.read_text(encoding="utf-8"))
+
+
+def _report(root: Path, name: str) -> dict[str, Any] | None:
+    path = root / RESULTS / name / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _quote(page: Path, root: Path, name: str) -> Iterator[str]:
+    """The central figure, what it says of the study's first task, and where it came from."""
+    report = _report(root, name)
+    if report is None:
+        return
+    section, folder = report["sections"][0], _link(page, root, name)
+    yield f"[![{section['title']}: loss against cached bytes per token, every variant and the Pareto front]({folder}/frontier.svg)]({folder}/report.md)"
+    yield ""
+    yield f"**{section['title']}.** " + " ".join(_plain(sentence) for sentence in section["answer"])
+    yield f"(`{report['commands']['run']}`; [the whole report]({folder}/report.md))"
+
+
+def _list(page: Path, root: Path) -> Iterator[str]:
+    names = sorted(path.parent.name for path in (root / RESULTS).glob("*/report.json"))
+    if not names:
+        yield "No study's result has been kept yet."
+        return
+    yield "| study | question | runs | machine | made by |"
+    yield "|---|---|---|---|---|"
+    for name in names:
+        report = _report(root, name) or {}
+        hardware = report["provenance"].get("hardware", {})
+        cells = [
+            f"[{_plain(report['title'])}]({_link(page, root, name)}/report.md) ([page]({_link(page, root, name)}/index.html))",
+            _plain(report["question"]),
+            _plain(report["status"]["text"]),
+            _plain(f"{hardware.get('cpu', 'unknown')}, {hardware.get('cores', '?')} cores"),
+            f"`{report['commands']['run']}`",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _link(page: Path, root: Path, name: str) -> str:
+    return Path(os.path.relpath(root / RESULTS / name, page.parent)).as_posix()
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", text)
+
+
+def take(study: Path, root: Path = ROOT) -> None:
+    """Copy the report of a study folder into the results; what was there of that study goes."""
+    report = study / "report"
+    name = json.loads((report / "report.json").read_text(encoding="utf-8"))["study"]
+    target = root / RESULTS / name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(report, target, ignore=shutil.ignore_patterns(".*"))
+
+
+def main(arguments: list[str]) -> None:
+    """Take the reports that are named, then rewrite the pages."""
+    for study in arguments:
+        take(Path(study))
+    for page in pages():
+        page.write_text(quoted(page), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
