@@ -114,7 +114,7 @@ class Story:
         """A window that has dropped what would be needed refuses, and then nothing has happened."""
         before = [[stream.clone() for stream in streams] for streams in self.cache]
         try:
-            self.cache.crop(-count)
+            self.cache.crop(torch.tensor(-count) if count % 2 else -count)
         except TwofoldError:
             assert count > self.tokens.shape[1] or count > 1
             for held, kept in zip(before, self.cache, strict=True):

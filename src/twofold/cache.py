@@ -146,11 +146,12 @@ class TiedLayer(CacheLayerMixin):
         """Keep all tokens until the next :meth:`crop`, so that it can go back (as assisted generation does)."""
         self.record_past = True
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (a negative number, as in Transformers), and whatever the window no longer needs.
 
         Raises TwofoldError for a positive number, for more tokens than were seen, and where the window has already dropped what would be needed.
         """
+        tokens_to_remove = int(tokens_to_remove)  # Transformers 5.17 counts them in a tensor
         self.check_crop(tokens_to_remove)
         if not self.streams:
             return
@@ -220,10 +221,10 @@ class TiedCache(DynamicCache):
         windows = [spec.attention(index).window_tokens for index in range(spec.num_hidden_layers)]
         Cache.__init__(self, layers=[TiedLayer(window) for window in windows])
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """:meth:`TiedLayer.crop` of every layer, or of none: where one refuses, the others still hold what they held."""
         for layer in self.layers:
-            layer.check_crop(tokens_to_remove)
+            layer.check_crop(int(tokens_to_remove))
         super().crop(tokens_to_remove)
 
     @property

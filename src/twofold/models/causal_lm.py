@@ -68,6 +68,8 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
             options, known=("past_key_values", "inputs_embeds", "num_items_in_batch", "cache_position")
         )
         cache = options.get("past_key_values") if cache is None else cache
+        if document_ids is not None and (cache is not None or use_cache):
+            raise TwofoldError("Packed documents are read at once: they cannot continue a cache, nor fill one.")
         embedded = self._embedded(input_ids, options.get("inputs_embeds"))
         past_tokens = 0 if cache is None else cache.get_seq_length()
         sequence = Sequence.of(

@@ -40,8 +40,6 @@ class Sequence:
         batch, num_tokens = hidden_states.shape[:2]
         _check_shape("attention_mask", attention_mask, (batch, past_tokens + num_tokens))
         _check_shape("document_ids", document_ids, (batch, num_tokens))
-        if document_ids is not None and past_tokens:
-            raise TwofoldError("Packed documents are read at once: document_ids cannot continue a cache.")
         return cls(
             num_tokens=num_tokens,
             device=hidden_states.device,
