@@ -65,7 +65,7 @@ def main() -> None:
     if "STUDY_WORKER_BROKEN" in os.environ:
         sys.exit("ImportError: libtorch.so is missing")
     sys.stdout.write("a library's stray print\n")
-    say(event="ready", device="cpu")
+    say(event="ready", device=os.environ.get("STUDY_WORKER_DEVICE", "cpu"))
     while True:
         command = commands.get()
         expand_plan(command) if command["command"] == "expand" else run(command)

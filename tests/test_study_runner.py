@@ -66,6 +66,7 @@ def test_every_run_is_run_once_and_seed_by_seed(tmp_path: Path):
     record = StudyRecord.read(folder)
     assert record.provenance["command"] == COMMAND
     assert record.provenance["invocations"][0]["device"] == "cpu"
+    assert record.provenance["hardware"]["gpus"] == []
     again = run(plan("tied", "other"), folder)
     assert len(calls(folder)) == 6
     assert list(again.runs.status) == list(results.runs.status)
@@ -196,6 +197,22 @@ pool.COMMAND = tuple(json.loads(sys.argv[1]))
 runner.graphics_processors = lambda: 0
 runner.run_study(StudyPlan.model_validate(json.loads(sys.argv[2])), Path(sys.argv[3]), command="test", workers=2)
 """
+
+
+def test_graphics_processors_are_named_and_one_worker_serves_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "graphics_processors", lambda: 2)
+    monkeypatch.setenv("STUDY_WORKER_DEVICE", "NVIDIA X")
+    results = run(plan("tied"), tmp_path, workers=None)
+    assert results.provenance["hardware"]["gpus"] == ["NVIDIA X"]
+    assert results.provenance["invocations"][0]["workers"] == 2
+
+
+def test_graphics_processors_that_torch_cannot_use_leave_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(runner, "graphics_processors", lambda: 1)
+    monkeypatch.setattr(runner, "usable_cores", lambda: 3)
+    results = run(plan("tied"), tmp_path, workers=None)
+    assert results.provenance["hardware"]["gpus"] == []
+    assert results.provenance["invocations"][0]["workers"] == 3
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

@@ -52,6 +52,9 @@ def begun(record: StudyRecord, folder: Path, invocation: dict[str, Any]) -> Stud
         what = plan_difference(old.plan, record.plan)
         change = {"at": now(), "from": old.plan.plan_hash, "to": record.plan.plan_hash, "what": what}
         provenance["plan_changes"] = [*provenance.get("plan_changes", ()), change]
+    hardware = provenance.get("hardware", {})
+    devices = {*hardware.get("gpus", ()), invocation["device"]} - {"", "cpu"}
+    provenance["hardware"] = {**hardware, "gpus": sorted(devices)}
     provenance["invocations"] = [*provenance.get("invocations", ()), {"at": now(), **invocation}]
     return replace(record, code_hash=code_hash(), provenance=provenance)
 
