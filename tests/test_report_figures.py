@@ -135,6 +135,20 @@ def test_one_that_fails_does_not_press_the_others_into_a_line():
     assert drawing.fences([1.0, 9.0]) == (-math.inf, math.inf)
 
 
+@given(st.lists(st.tuples(FINITE, st.floats(0, 1e6)), min_size=1, max_size=12), st.sampled_from([1.5, 6]))
+def test_an_axis_holds_all_means_and_is_not_ruled_by_huge_intervals(values, most):
+    means = [mean for mean, _ in values]
+    low, high = drawing.span(means, [(mean - half, mean + half) for mean, half in values], most=most)
+    assert low < min(means) <= max(means) < high
+    spread = (max(means) - min(means)) or 0.1 * abs(means[0]) or 1.0
+    assert high - low <= 1.2 * (1 + 2 * most) * spread
+
+
+def test_an_axis_without_intervals_holds_the_means_alone():
+    low, high = drawing.span([1.0, 2.0], [(math.nan, math.nan)] * 2, most=1.5)
+    assert (low, high) == pytest.approx((0.95, 2.05))
+
+
 # Labels
 
 POINTS = st.lists(

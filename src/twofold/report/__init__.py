@@ -5,13 +5,12 @@ The same folder gives the same bytes: nothing here looks at a clock. No torch, n
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from pathlib import Path
 
 from twofold.errors import TwofoldError
-from twofold.report import files
-from twofold.report.markdown import markdown
-from twofold.report.page import page
+from twofold.report import files, markdown, page
 from twofold.report.summary import Summary
 from twofold.study.results import Results
 
@@ -28,13 +27,13 @@ def write(folder: Path) -> list[Path]:
     """
     folder = Path(folder)
     summary = Summary(Results.load(folder))
-    command = f"twofold study report {shlex.quote(_shown(folder))}"
+    command = f"twofold study report {shlex.quote(_shown(folder, summary.results))}"
     texts = {
         "runs.csv": files.runs_csv(summary),
         "curves.csv": files.curves_csv(summary),
         "differences.csv": files.differences_csv(summary),
         "report.json": files.report_json(summary, command),
-        "report.md": markdown(summary, command),
+        "report.md": markdown.text(summary, command),
     }
     if summary.sections and summary.sections[0].measured:
         texts["frontier.svg"] = files.frontier_svg(summary.sections[0])
@@ -42,14 +41,16 @@ def write(folder: Path) -> list[Path]:
     try:
         target.mkdir(exist_ok=True)
         written = [files.write_text(target / name, text) for name, text in texts.items()]
-        return [files.write_text(target / "index.html", page(summary, texts, command)), *written]
+        return [files.write_text(target / "index.html", page.html(summary, texts, command)), *written]
     except OSError as error:
         raise TwofoldError(
             f"The report cannot be written to {target} ({error.strerror or error}): make room or choose a folder that can be written."
         ) from None
 
 
-def _shown(folder: Path) -> str:
-    """The folder as the command names it: not where it lies on this machine."""
-    resolved = folder.resolve()
-    return f"studies/{resolved.name}" if resolved.parent.name == "studies" else resolved.name
+def _shown(folder: Path, results: Results) -> str:
+    """The folder as the command names it: as it was given to the study, else where studies lie; not where it is on this machine."""
+    name = folder.resolve().name
+    words = shlex.split(str(results.provenance.get("command") or ""))
+    given = [word for before, word in itertools.pairwise(words) if before == "--folder" and Path(word).name == name]
+    return given[0] if given else f"studies/{name}" if folder.resolve().parent.name == "studies" else name

@@ -124,6 +124,23 @@ def fences(values: Sequence[float]) -> tuple[float, float]:
     return low - 3 * (high - low), high + 3 * (high - low)
 
 
+def span(means: Sequence[float], intervals: Sequence[tuple[float, float]], *, most: float) -> tuple[float, float]:
+    """The ends of an axis: all means are on it, and of their intervals what leaves the means readable.
+
+    Room beyond the means is at least 0.6 of their own range and at most ``most`` times it, in between the median interval: over two
+    seeds an interval may be a hundred times as wide as all differences.
+    """
+    low, high = min(means), max(means)
+    spread = (high - low) or 0.1 * abs(high) or 1.0
+    finite = [(start, end) for start, end in intervals if math.isfinite(start) and math.isfinite(end)]
+    half = float(np.median([(end - start) / 2 for start, end in finite])) if finite else 0.0
+    room = max(0.6 * spread, min(1.1 * half, most * spread))
+    low = max(min([low, *(start for start, _ in finite)]), low - room)
+    high = min(max([high, *(end for _, end in finite)]), high + room)
+    margin = 0.05 * ((high - low) or spread)
+    return low - margin, high + margin
+
+
 def horizontal_grid(scale: Scale, left: float, right: float, wanted: int = 5) -> Markup:
     """Lines across the plot with their labels at the left."""
     ticks = scale.ticks(wanted)

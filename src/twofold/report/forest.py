@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from twofold.report import markers
-from twofold.report.drawing import Scale, bottom_axis, fences, group, svg, tag, text_width, tick_labels
+from twofold.report.drawing import Scale, bottom_axis, fences, group, span, svg, tag, text_width, tick_labels
 from twofold.report.numbers import common_decimals, metric_name, with_interval
 from twofold.report.summary import Section, VariantSummary
 from twofold.study.statistics import PairedDifference
@@ -112,14 +112,19 @@ def _lines(rows: Rows, width: float) -> list[_Line]:
 
 
 def _scale(shown: Sequence[PairedDifference], start: float, end: float) -> Scale:
-    """Zero and all means but outliers are on it; of intervals as much as their own range again."""
+    """Zero is on it, and all means but those of outliers."""
     lowest, highest = fences([difference.mean for difference in shown])
-    means = [0.0, *(difference.mean for difference in shown if lowest <= difference.mean <= highest)]
-    spread = (max(means) - min(means)) or 1.0
-    ends = [value for d in shown if lowest <= d.mean <= highest for value in (d.low, d.high) if math.isfinite(value)]
-    low = max(min([*means, *ends]), min(means) - 0.8 * spread)
-    high = min(max([*means, *ends]), max(means) + 0.8 * spread)
-    return Scale(low=low - 0.04 * (high - low), high=high + 0.04 * (high - low), start=start, end=end)
+    near = [d for d in shown if _start(d) <= highest and _end(d) >= lowest]
+    low, high = span([0.0, *(d.mean for d in near)], [(d.low, d.high) for d in near], most=6)
+    return Scale(low=low, high=high, start=start, end=end)
+
+
+def _start(difference: PairedDifference) -> float:
+    return difference.low if math.isfinite(difference.low) else difference.mean
+
+
+def _end(difference: PairedDifference) -> float:
+    return difference.high if math.isfinite(difference.high) else difference.mean
 
 
 def _row(line: _Line, x: Scale, y: float, width: float) -> list[Markup]:

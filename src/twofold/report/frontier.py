@@ -18,6 +18,7 @@ from twofold.report.drawing import (
     fences,
     group,
     horizontal_grid,
+    span,
     svg,
     tag,
     text_width,
@@ -76,7 +77,8 @@ def frontier(section: Section, width: float = 880, height: float = 460, *, stati
 def outliers(section: Section) -> set[str]:
     """Variants whose loss lies so far above the others that they are drawn at the upper edge. Never one on the front."""
     _, high = fences([variant.loss.mean for variant in section.measured])
-    return {variant.name for variant in section.measured if variant.loss.mean > high and not variant.on_front}
+    lowest = {v.name: v.loss.low if math.isfinite(v.loss.low) else v.loss.mean for v in section.measured}
+    return {variant.name for variant in section.measured if lowest[variant.name] > high and not variant.on_front}
 
 
 def alternative(section: Section) -> str:
@@ -94,23 +96,15 @@ def alternative(section: Section) -> str:
 
 
 def _loss_scale(variants: Sequence[VariantSummary], top: float, bottom: float) -> Scale:
-    """Room for all means, and for their intervals up to as much again: intervals over two seeds may be huge."""
+    """Logarithmic where the worst is many times the best."""
     means = [variant.loss.mean for variant in variants]
-    low, high = min(means), max(means)
-    is_log = low > 0 and high / low > LOG_LOSS_RATIO
-    if is_log:
-        low, high = math.log(low), math.log(high)
-    spread = (high - low) or 0.1 * abs(high) or 1.0
-    lows, highs = (
-        [getattr(v.loss, end) for v in variants if math.isfinite(getattr(v.loss, end))] for end in ("low", "high")
-    )
-    if is_log:
-        lows, highs = ([math.log(value) for value in values if value > 0] for values in (lows, highs))
-    low, high = max(min([low, *lows]), low - 0.6 * spread), min(max([high, *highs]), high + 0.6 * spread)
-    low, high = low - 0.06 * (high - low or spread), high + 0.06 * (high - low or spread)
-    if is_log:
-        low, high = math.exp(low), math.exp(high)
-    return Scale(low=low, high=high, start=bottom, end=top, is_log=is_log)
+    intervals = [(variant.loss.low, variant.loss.high) for variant in variants]
+    if min(means) <= 0 or max(means) / min(means) <= LOG_LOSS_RATIO:
+        low, high = span(means, intervals, most=1.5)
+        return Scale(low=low, high=high, start=bottom, end=top)
+    positive = [(math.log(start), math.log(end)) for start, end in intervals if start > 0]
+    low, high = span([math.log(mean) for mean in means], positive, most=1.5)
+    return Scale(low=math.exp(low), high=math.exp(high), start=bottom, end=top, is_log=True)
 
 
 def _cost_scale(section: Section, width: float) -> Scale:
@@ -245,14 +239,15 @@ def _labels(
     points: Sequence[_Point], texts: Sequence[str], width: float, height: float, y: Scale
 ) -> dict[int, markers.Placed]:
     obstacles = [markers.Box(left=p.x - 7, top=p.y - 7, right=p.x + 7, bottom=p.y + 7) for p in points]
+    avoided = _steps(points)
     for point in points:
         loss = point.variant.loss
         if math.isfinite(loss.low) and not point.is_beyond:
             low, high = (y(min(max(value, y.low), y.high)) for value in (loss.low, loss.high))
-            obstacles.append(markers.Box(left=point.x - 4, top=high, right=point.x + 4, bottom=low))
+            avoided.append(markers.Box(left=point.x - 4, top=high, right=point.x + 4, bottom=low))
     anchors = [markers.Anchor(x=point.x, y=point.y, text=text) for point, text in zip(points, texts, strict=True)]
     room = markers.Box(left=LEFT - 6, top=TOP - 14, right=width, bottom=height - BOTTOM + 2)
-    return markers.place(anchors, obstacles, _steps(points), room)
+    return markers.place(anchors, obstacles, avoided, room)
 
 
 def _steps(points: Sequence[_Point]) -> list[markers.Box]:

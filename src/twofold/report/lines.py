@@ -108,7 +108,11 @@ def _curve(curve: Curve, variant: VariantSummary, x: Scale, y: Scale) -> Markup:
         floor = y.low if y.is_log else -math.inf
         upper = [(x(t), y(max(v, floor))) for t, v in zip(tokens, high, strict=True)]
         lower = [(x(t), y(max(v, floor))) for t, v in zip(tokens, low, strict=True)]
-        band = tag("path", d=path(upper + lower[::-1], closed=True), class_=f"band colour-{variant.index % COLOURS}")
+        band = tag(
+            "path",
+            d=path(upper + lower[::-1], closed=True),
+            class_=f"band colour-{variant.index % COLOURS}" + " of-two" * (curve.n < 3),
+        )
     return tag("g", band + drawn, class_="series", data_variant=variant.name)
 
 

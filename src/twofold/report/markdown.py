@@ -13,8 +13,8 @@ from twofold.report.summary import Section, Summary
 _SIGNIFICANT = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_{}[]<>#|~"})
 
 
-def markdown(summary: Summary, report_command: str) -> str:
-    """The whole report as text."""
+def text(summary: Summary, report_command: str) -> str:
+    """The whole report."""
     plan = summary.plan
     parts = [f"# {escape(plan.title)}", escape(plan.question), f"**{status(summary)}**"]
     if summary.sections and summary.sections[0].measured:
@@ -51,7 +51,7 @@ def _section(summary: Summary, section: Section) -> list[str]:
             *([f"{row['score']} {row['score_bounds']}"] if has_score else []),
             f"{row['difference']} {row['difference_bounds']}", str(row["n"]), on_front, row["time"], str(row["failed"]),
         ])  # fmt: skip
-    parts += [escape(" ".join(answer(section))), table(head, cells, numbers_from=2)]
+    parts += ["\n".join(f"- {escape(sentence)}" for sentence in answer(section)), table(head, cells, numbers_from=2)]
     for group in rows.difference_rows(section)[1:]:
         shown = [[row["label"], row["mean"], row["bounds"], str(row["n"])] for row in group["rows"]]
         parts += [
@@ -68,6 +68,6 @@ def table(head: Sequence[str], cells: Sequence[Sequence[str]], *, numbers_from: 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def escape(text: str) -> str:
+def escape(words: str) -> str:
     """The text with every sign that Markdown reads made plain, on one line."""
-    return " ".join(text.split()).translate(_SIGNIFICANT)
+    return " ".join(words.split()).translate(_SIGNIFICANT)

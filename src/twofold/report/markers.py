@@ -86,8 +86,8 @@ def marker(kind: str, x: float, y: float, *, size: float = 5.5, class_: str = ""
 def place(anchors: Sequence[Anchor], obstacles: Sequence[Box], avoided: Sequence[Box], room: Box) -> dict[int, Placed]:
     """A place for each label that fits in ``room`` without touching an obstacle or another label; others are left out.
 
-    Index of the anchor -> place. Nearer places are tried first: beside the point, then higher and lower on either side. What is only
-    ``avoided`` is touched where nothing else is left.
+    Index of the anchor -> place. Nearer places are tried first: beside the point, then higher and lower on either side. Of what is only
+    ``avoided`` as little is touched as can be.
     """
     taken = list(obstacles)
     placed: dict[int, Placed] = {}
@@ -100,10 +100,11 @@ def place(anchors: Sequence[Anchor], obstacles: Sequence[Box], avoided: Sequence
             # A label that is nearer to another point than to its own would be read as that one's.
             and _is_plain(anchors[index], candidate, obstacles)
         ]
-        clear = [candidate for candidate in free if not any(candidate.box.meets(other) for other in avoided)]
-        for candidate in (*clear, *free)[:1]:
-            placed[index] = candidate
-            taken.append(candidate.box)
+        if free:
+            # min keeps the nearest of those that touch equally little.
+            best = min(free, key=lambda candidate: sum(candidate.box.meets(other) for other in avoided))
+            placed[index] = best
+            taken.append(best.box)
     return placed
 
 

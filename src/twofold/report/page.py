@@ -38,7 +38,7 @@ FILE_WORDS = {
 FILE_TYPES = {"csv": "text/csv", "json": "application/json", "md": "text/markdown", "svg": "image/svg+xml"}
 
 
-def page(summary: Summary, files: Mapping[str, str], report_command: str) -> str:
+def html(summary: Summary, files: Mapping[str, str], report_command: str) -> str:
     """The whole page. ``files`` are the tables beside it, which it also holds where they are not too large."""
     is_long = len(summary.sections) > MAX_FULL_ANSWERS
     views = [_view(summary, section, is_one_of_many=is_long) for section in summary.sections]
@@ -141,13 +141,14 @@ def _panel(section: Section, key: str, name: str, title: str, shown: tuple[Curve
     variants = {variant.name: variant for variant in section.variants}
     seeds = sorted({curve.n for curve in shown})
     n = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    hint = " Bands of two seeds would cover each other: point at a name above to see its own." if seeds[0] == 2 else ""
     words = ""
     if key == "difference":
         words = "Below zero is better than the reference at that moment. The axis is fitted to the last three quarters; what lies beyond is cut off. "
     return {
         "key": key,
         "name": name,
-        "caption": f"{words}n = {n} seeds.",
+        "caption": f"{words}n = {n} seed{'s' * (n != '1')}.{hint}",
         "wide": lines(shown, variants, title, WIDE, has_zero=key == "difference", name=f"{section.name}-{key}"),
         "narrow": lines(shown, variants, title, NARROW, has_zero=key == "difference", name=f"{section.name}-{key}"),
     }

@@ -152,9 +152,9 @@ def grid(summary: Summary, section: Section) -> Row:
 
 
 def overview(summary: Summary) -> Row | None:
-    """Variants × sections, where there is more than one section."""
+    """Variants × sections, where there is more than one section and anything is measured."""
     sections = summary.sections
-    if len(sections) < 2:
+    if len(sections) < 2 or not any(section.measured for section in sections):
         return None
     labels = {variant.name: variant.label for section in sections for variant in section.variants}
     columns_of_cells = []
