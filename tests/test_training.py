@@ -343,3 +343,22 @@ def test_an_outcome_is_a_value():
     assert Outcome.from_dict(json.loads(json.dumps(outcome.to_dict()))) == outcome
     with pytest.raises(KeyError):
         Outcome.from_dict({"scores": {}})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("steps", 2.5, "a whole number of at least 1"),
+        ("steps", True, "a whole number of at least 1"),
+        ("batch_size", "8", "a whole number of at least 1"),
+        ("warmup_steps", -1, "a whole number of 0 or more"),
+        ("learning_rate", "fast", "a number"),
+        ("learning_rate", float("nan"), "a positive number"),
+        ("betas", 0.9, "two numbers"),
+        ("betas", (0.9, 1.0), "two numbers from 0 up to 1"),
+    ],
+)
+def test_a_training_of_the_wrong_kind_is_told_so(field, value, wanted):
+    fields = {"steps": 2, "batch_size": 2, "learning_rate": 1e-3, field: value}
+    with pytest.raises(TwofoldError, match=f"{field} is .*{wanted}"):
+        TrainingSpec(**fields)

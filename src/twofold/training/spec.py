@@ -41,11 +41,22 @@ class TrainingSpec:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
         for name in ("steps", "batch_size", "accumulation_steps", "log_every"):
-            _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "evaluate_every", "checkpoint_every", "clip_norm", "weight_decay"):
+            _require(
+                self, name, _is_whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number of at least 1"
+            )
+        for name in ("warmup_steps", "evaluate_every", "checkpoint_every"):
+            _require(
+                self, name, _is_whole(getattr(self, name)) and getattr(self, name) >= 0, "a whole number of 0 or more"
+            )
+        for name in ("learning_rate", "min_learning_rate_ratio", "decay_fraction", "clip_norm", "weight_decay"):
+            _require(self, name, _is_number(getattr(self, name)), "a number")
+        for name in ("clip_norm", "weight_decay"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
+        _require(
+            self, "betas", isinstance(self.betas, (tuple, list)) and all(map(_is_number, self.betas)), "two numbers"
+        )
+        object.__setattr__(self, "betas", tuple(self.betas))
         _require(self, "learning_rate", 0 < self.learning_rate < float("inf"), "a positive number")
         _require(self, "min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
         _require(self, "decay_fraction", 0 <= self.decay_fraction <= 1, "between 0 and 1")
@@ -114,6 +125,14 @@ class RunSpec:
 def fingerprint_of(run: Mapping[str, Any]) -> str:
     """The fingerprint of a run that is given as :meth:`RunSpec.to_dict` makes it."""
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _require(spec: object, name: str, holds: bool, wanted: str) -> None:
