@@ -163,7 +163,11 @@ def test_labels_stay_in_the_figure_and_touch_nothing(points):
     anchors = [markers.Anchor(x=x, y=y, text=text) for x, y, text in points]
     obstacles = [markers.Box(left=x - 7, right=x + 7, top=y - 7, bottom=y + 7) for x, y, _ in points]
     room = markers.Box(left=50, right=880, top=20, bottom=420)
-    boxes = [label.box for label in markers.place(anchors, obstacles, [], room).values()]
+    placed = markers.place(anchors, obstacles, [], room)
+    boxes = [label.box for label in placed.values()]
+    for index, label in placed.items():
+        own = label.box.distance(*points[index][:2])
+        assert all(label.box.distance(x, y) > own for other, (x, y, _) in enumerate(points) if other != index)
     assert all(box.inside(room) for box in boxes)
     assert not any(box.meets(other) for box in boxes for other in obstacles)
     assert not any(a.meets(b) for index, a in enumerate(boxes) for b in boxes[:index])

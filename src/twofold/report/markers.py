@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,10 @@ class Box:
             and self.top >= other.top
             and self.bottom <= other.bottom
         )
+
+    def distance(self, x: float, y: float) -> float:
+        """How far the point lies outside; 0 inside."""
+        return math.hypot(max(self.left - x, 0, x - self.right), max(self.top - y, 0, y - self.bottom))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +102,7 @@ def place(anchors: Sequence[Anchor], obstacles: Sequence[Box], avoided: Sequence
             for candidate in _candidates(anchors[index])
             if candidate.box.inside(room)
             and not any(candidate.box.meets(other) for other in taken)
-            # A label that is nearer to another point than to its own would be read as that one's.
-            and _is_plain(anchors[index], candidate, obstacles)
+            and _is_plain(anchors[index], candidate, anchors)
         ]
         if free:
             # min keeps the nearest of those that touch equally little.
@@ -108,13 +112,10 @@ def place(anchors: Sequence[Anchor], obstacles: Sequence[Box], avoided: Sequence
     return placed
 
 
-def _is_plain(anchor: Anchor, placed: Placed, obstacles: Sequence[Box]) -> bool:
-    """Whether the way from the label to its point crosses nothing that is another's."""
-    x_to = min(max(anchor.x, placed.box.left), placed.box.right)
-    y_to = min(max(anchor.y, placed.box.top), placed.box.bottom)
-    others = [box for box in obstacles if not (box.left <= anchor.x <= box.right and box.top <= anchor.y <= box.bottom)]
-    steps = [(anchor.x + (x_to - anchor.x) * share / 8, anchor.y + (y_to - anchor.y) * share / 8) for share in range(9)]
-    return not any(box.left < x < box.right and box.top < y < box.bottom for box in others for x, y in steps)
+def _is_plain(own: Anchor, placed: Placed, anchors: Sequence[Anchor]) -> bool:
+    """Whether the label is nearer to its own point than to any other, so that it is read as that one's."""
+    distance = placed.box.distance(own.x, own.y)
+    return all(other is own or placed.box.distance(other.x, other.y) > distance for other in anchors)
 
 
 def _candidates(anchor: Anchor) -> Iterator[Placed]:
