@@ -290,6 +290,14 @@ def test_the_reference_describes_every_public_name():
 # Docstrings
 
 
+def test_docstrings_become_markdown():
+    as_markdown = runpy.run_path(str(ROOT / "docs" / "docstrings.py"))["as_markdown"]
+    text = "See :class:`~twofold.tie.Tie` and :mod:`twofold.kernels`, [q ; p][k ; r].\n\n    x[0][1]\n\n>>> x[0][1]\n1\n\nEnd."
+    assert as_markdown(text) == (
+        "See `Tie` and `twofold.kernels`, [q ; p]\\[k ; r].\n\n    x[0][1]\n\n```pycon\n>>> x[0][1]\n1\n```\n\nEnd."
+    )
+
+
 def modules() -> list[str]:
     found = pkgutil.walk_packages(twofold.__path__, "twofold.")
     return ["twofold", *(module.name for module in found if not module.name.endswith("__main__"))]
