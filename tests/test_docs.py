@@ -23,6 +23,7 @@ import twofold
 from docs_pages import ROOT, Block, Reader, blocks, check_understood, command_block, commands, pages
 from study_fixture import write_study
 from twofold import report
+from twofold.study import plan
 
 PAGES = pages()
 RECIPES = ROOT / "CONTRIBUTING.md"
@@ -150,6 +151,14 @@ def test_the_two_commands_need_nothing_but_python_and_a_clone():
     (study,) = commands(command_block(ROOT / "README.md", "run"))
     check_understood(study)
     assert study == ["study", "run", "smoke"]
+    smoke = plan.builtin("smoke")
+    assert len(smoke.seeds) * sum(len(task.variants) for task in smoke.planned_tasks) == 20
+    assert "twenty small\nmodels" in (ROOT / "README.md").read_text()
+
+
+def test_every_built_in_study_is_described():
+    described = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs" / "results" / "index.md").read_text(), re.MULTILINE)
+    assert sorted(described) == sorted(plan.names())
 
 
 def test_continuous_integration_runs_the_command_of_the_readme():
