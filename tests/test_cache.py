@@ -56,7 +56,7 @@ def decode(spec: ModelSpec, chunks: list[int], pads: int, seed: int) -> tuple[Te
 
 
 @given(decoders(), st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 2**31))
-@settings(max_examples=60)
+@settings(max_examples=120)
 def test_chunks_of_any_size_decode_what_is_computed_at_once(spec: ModelSpec, chunks: list[int], pads: int, seed: int):
     found, wanted, cache = decode(spec, chunks, min(pads, sum(chunks) - 1), seed)
     assert_near(found, wanted)
@@ -102,25 +102,40 @@ class Story:
         self.cache = TiedCache(spec)
         self.tokens = drawn_tokens(2, 0)
         self.generator = torch.Generator().manual_seed(7)
+        self.records = records
+        self.windows = [spec.attention(index).window_tokens or 10**9 for index in range(spec.num_hidden_layers)]
+        self.held = [0] * len(self.windows)
         if records:
             self.cache.activate_past_recording()
 
     def append(self, count: int) -> None:
         new = torch.randint(37, (len(self.tokens), count), generator=self.generator)
         self.tokens = torch.cat((self.tokens, new), dim=1)
+        self.held = [
+            held + count if self.records else min(held + count, window)
+            for held, window in zip(self.held, self.windows, strict=True)
+        ]
         assert_near(step(self.model, self.cache, new), whole(self.model, self.tokens)[:, -count:])
 
     def crop(self, count: int) -> None:
         """A window that has dropped what would be needed refuses, and then nothing has happened."""
+        kept = self.tokens.shape[1] - count
+        possible = kept >= 0 and all(
+            max(0, held - count) >= min(kept, window - 1) for held, window in zip(self.held, self.windows, strict=True)
+        )
         before = [[stream.clone() for stream in streams] for streams in self.cache]
         try:
             self.cache.crop(torch.tensor(-count) if count % 2 else -count)
         except TwofoldError:
-            assert count > self.tokens.shape[1] or count > 1
+            assert not possible
             for held, kept in zip(before, self.cache, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
         else:
-            self.tokens = self.tokens[:, : self.tokens.shape[1] - count]
+            assert possible
+            self.tokens = self.tokens[:, :kept]
+            self.held = [
+                min(max(0, held - count), window) for held, window in zip(self.held, self.windows, strict=True)
+            ]
 
     def choose(self, count: int) -> None:
         indices = torch.randint(len(self.tokens), (count,), generator=self.generator)
@@ -149,13 +164,14 @@ class Story:
     def reset(self, _: int) -> None:
         self.cache.reset()
         self.tokens = self.tokens[:, :0]
+        self.held = [0] * len(self.windows)
 
 
 DEEDS = ["append", "append", "append", "crop", "crop", "choose", "reorder", "repeat", "move", "copy", "reset"]
 
 
 @given(decoders(), st.booleans(), st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(1, 4)), max_size=7))
-@settings(max_examples=60)
+@settings(max_examples=150)
 def test_any_story_goes_on_as_full_recomputation(spec: ModelSpec, records: bool, deeds: list[tuple[str, int]]):
     story = Story(spec, records=records)
     story.append(3)

@@ -156,7 +156,7 @@ class TiedLayer(CacheLayerMixin):
         if not self.streams:
             return
         self.tokens_seen += tokens_to_remove
-        end = self._tokens_held + tokens_to_remove
+        end = max(0, self._tokens_held + tokens_to_remove)
         start = max(0, end - self.window_tokens) if self.window_tokens else 0
         self._apply(lambda stream: _with_storage_of_its_own(stream[..., start:end, :]))
 
@@ -168,7 +168,7 @@ class TiedLayer(CacheLayerMixin):
                 f"A cache of {self.tokens_seen} tokens cannot be cropped by {tokens_to_remove}: give minus the tokens to remove."
             )
         needed = min(kept, self.window_tokens - 1) if self.window_tokens else kept
-        if self._tokens_held - removed < needed:
+        if max(0, self._tokens_held - removed) < needed:
             raise TwofoldError(
                 f"A window of {self.window_tokens} tokens has dropped what cropping {removed} would need: call activate_past_recording() first."
             )
