@@ -192,6 +192,8 @@ def test_a_window_goes_back_as_far_as_it_can(records: bool, windows: tuple[int, 
     assert story.cache.is_croppable == records
     story.crop(4)
     assert story.tokens.shape[1] == (4 if records else 8)
+    story.crop(2)
+    assert story.tokens.shape[1] == (4 if records else 8)
     story.crop(1)
     assert story.tokens.shape[1] == (3 if records else 7)
     story.append(5)
