@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import psutil
 
+from twofold.storage import write_json
 from twofold.study.expansion import TaskAnswer, expand
 from twofold.study.plan import StudyPlan
-from twofold.study.record import PlannedRun, StudyRecord, write_json
+from twofold.study.record import PlannedRun, StudyRecord
 from twofold.training.spec import TaskSpec
 
 PLAN: dict[str, Any] = {

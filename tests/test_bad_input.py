@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from small_study import STUDY
 from study_fixture import ask
-from twofold import presets
+from twofold import presets, storage
 from twofold.cache import TiedCache
 from twofold.cli import app
 from twofold.errors import TwofoldError
@@ -28,7 +28,6 @@ from twofold.study.lock import FolderLock
 from twofold.study.plan import parse_plan
 from twofold.tasks import load_task
 from twofold.tie import Tie
-from twofold.training import storage
 from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
 from twofold.training.trainer import train
 

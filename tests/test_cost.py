@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from twofold.cost import (
@@ -18,7 +18,6 @@ from twofold.cost import (
     cached_floats_per_layer,
     cached_floats_per_token,
     decode_flops_per_token,
-    parameters,
     training_flops_per_token,
 )
 from twofold.errors import TwofoldError

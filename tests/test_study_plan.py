@@ -285,7 +285,7 @@ def test_every_built_in_study_expands_and_its_claims_hold(name: str):
 
 
 def test_there_are_the_four_studies_that_were_promised():
-    assert plans.names() == ("capability", "laptop", "paper-synthetic", "smoke")
+    assert plans.names() == ("capability", "laptop", "paper-synthetic", "rotary", "smoke")
 
 
 def test_laptop_holds_eight_ties_and_controls_of_every_kind():

@@ -13,12 +13,13 @@ import pytest
 
 from study_fixture import PLAN, ask, write_study
 from twofold.errors import TwofoldError
+from twofold.storage import read_json, write_json
 from twofold.study import lock, provenance
 from twofold.study.expansion import expand
 from twofold.study.lock import FolderLock, is_held
 from twofold.study.plan import StudyPlan
 from twofold.study.pool import _visible
-from twofold.study.record import StudyRecord, read_json, write_json
+from twofold.study.record import StudyRecord
 from twofold.study.results import CURVE_COLUMNS, Results
 
 

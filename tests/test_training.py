@@ -16,6 +16,7 @@ from training_fixture import MODEL, Progressions, make_run
 from twofold.errors import TwofoldError
 from twofold.models import build_model
 from twofold.spec import ModelSpec
+from twofold.storage import new_folder, write_text
 from twofold.training.acceleration import accelerator_of
 from twofold.training.evaluation import evaluate
 from twofold.training.metrics import MetricsLog
@@ -25,7 +26,6 @@ from twofold.training.progress import Outcome
 from twofold.training.schedule import learning_rate
 from twofold.training.spec import TrainingSpec
 from twofold.training.step import Stepper
-from twofold.training.storage import new_folder, write_text
 
 
 def stepper_of(run, task=None, dtype=torch.float32):

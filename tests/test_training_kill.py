@@ -133,7 +133,7 @@ def test_killed_while_a_checkpoint_is_written(nursery, uninterrupted, tmp_path):
     folder, struck = tmp_path / "run", 0
     for step in (2, 4, 6):
         process = nursery.start(RUN, folder)
-        partial = folder / "checkpoints" / f".step-{step:08d}.partial"
+        partial = folder / "checkpoints" / f".step-{step:08d}.{process}.partial"
         deadline = time.monotonic() + 20
         while not partial.exists() and time.monotonic() < deadline:
             pass

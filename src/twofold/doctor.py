@@ -36,7 +36,7 @@ else:
     cache, cost, kernels = Lazy("twofold.cache"), Lazy("twofold.cost"), Lazy("twofold.kernels")
     models, presets, quiet = Lazy("twofold.models"), Lazy("twofold.presets"), Lazy("twofold.models.quiet")
 
-PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy", "pandas", "safetensors", "plotly", "pydantic")
+PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy", "pandas", "safetensors", "pydantic")
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "data": ("datasets", "pillow", "pyarrow", "scikit-learn"),
     "tensorboard": ("tensorboard",),

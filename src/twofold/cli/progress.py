@@ -15,14 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 
 from twofold import picture
-from twofold.lazy import Lazy
+from twofold.storage import read_json
 from twofold.training.progress import Progress
 
 if TYPE_CHECKING:
-    from twofold.study import record
     from twofold.study.progress import StudyProgress
-else:
-    record = Lazy("twofold.study.record")
 
 
 class RunProgress:
@@ -109,7 +106,7 @@ class StudyProgressBars:
 
 def read_ended(folder: Path, path: str) -> EndedRun:
     """How a run of a study ended, from its files."""
-    status, outcome = (record.read_json(folder / "runs" / path / name) for name in ("status.json", "outcome.json"))
+    status, outcome = (read_json(folder / "runs" / path / name) for name in ("status.json", "outcome.json"))
     return EndedRun(
         path=path,
         status=status.get("status", "failed"),

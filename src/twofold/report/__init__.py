@@ -12,6 +12,7 @@ from pathlib import Path
 from twofold.errors import TwofoldError
 from twofold.report import files, markdown, page
 from twofold.report.summary import Summary
+from twofold.storage import write_text
 from twofold.study.results import Results
 
 __all__ = ["write"]
@@ -40,12 +41,13 @@ def write(folder: Path) -> list[Path]:
     target = folder / FOLDER_NAME
     try:
         target.mkdir(exist_ok=True)
-        written = [files.write_text(target / name, text) for name, text in texts.items()]
-        return [files.write_text(target / "index.html", page.html(summary, texts, command)), *written]
+        for name, text in {**texts, "index.html": page.html(summary, texts, command)}.items():
+            write_text(target / name, text)
     except OSError as error:
         raise TwofoldError(
             f"The report cannot be written to {target} ({error.strerror or error}): make room or choose a folder that can be written."
         ) from None
+    return [target / name for name in ("index.html", *texts)]
 
 
 def _shown(folder: Path, results: Results) -> str:

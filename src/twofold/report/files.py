@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -89,14 +87,6 @@ def frontier_svg(section: Section) -> str:
     box = f'viewBox="{-MARGIN} {-MARGIN} {width + 2 * MARGIN:.0f} {height + 2 * MARGIN:.0f}"'
     opened = figure.replace(view_box.group(), box, 1).replace('role="group"', 'role="img"', 1)
     return opened.replace(">", f"><style>{css}</style>{card}", 1) + "\n"
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file so that a reader, or a kill, never meets half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8", newline="\n")
-    partial.replace(path)
-    return path
 
 
 def _section(section: Section) -> dict[str, Any]:

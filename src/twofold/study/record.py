@@ -9,13 +9,13 @@ A run is kept once per task and variant, because its seeds differ in nothing els
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from twofold.errors import TwofoldError
+from twofold.storage import write_json
 from twofold.study.plan import StudyPlan
 from twofold.training.spec import RunSpec
 
@@ -150,26 +150,3 @@ def entry_from_dict(values: Mapping[str, Any]) -> Entry:
     """An entry from its dict as JSON gives it back, with seeds as text."""
     seeds = {int(seed): fingerprint for seed, fingerprint in values["fingerprints"].items()}
     return Entry(**{**values, "fingerprints": seeds})
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file so that a reader, or a kill, never meets half of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object; empty where there is no such file or it holds no whole JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

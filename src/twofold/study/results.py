@@ -20,9 +20,10 @@ from typing import Any, Literal, Self
 
 import pandas as pd
 
+from twofold.storage import read_json
 from twofold.study.lock import is_held
 from twofold.study.plan import StudyPlan
-from twofold.study.record import Entry, PlannedRun, StudyRecord, TaskFacts, read_json
+from twofold.study.record import Entry, PlannedRun, StudyRecord, TaskFacts
 
 __all__ = ["CURVE_COLUMNS", "RUN_COLUMNS", "Results", "Status", "TaskFacts"]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from twofold.errors import TwofoldError
+from twofold.storage import read_json
 from twofold.study.plan import StudyPlan
 from twofold.study.provenance import code_hash, describe, library_versions, now
-from twofold.study.record import FILE_NAME, PlannedRun, StudyRecord, read_json
+from twofold.study.record import FILE_NAME, PlannedRun, StudyRecord
 
 ACCEPT = "--accept-changes"
 SHOWN_VALUE = 60

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from twofold.errors import TwofoldError
+from twofold.storage import read_json, write_json
 from twofold.study.lock import FolderLock
 from twofold.study.plan import StudyPlan
 from twofold.study.pool import Answer, Pool, Worker
 from twofold.study.progress import Clock, Phase, RunUnderWay, StudyProgress, cost
 from twofold.study.provenance import graphics_processors, usable_cores
-from twofold.study.record import PlannedRun, StudyRecord, TaskFacts, entry_from_dict, read_json, write_json
+from twofold.study.record import PlannedRun, StudyRecord, TaskFacts, entry_from_dict
 from twofold.study.results import Results
 from twofold.study.resumption import begun, earlier, refuse_other_runs
 from twofold.study.selection import Selection

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_log
 
 from twofold.errors import TwofoldError
+from twofold.storage import new_folder, remove_folder, remove_leftovers, write_json, writing
 from twofold.training.optimizer import optimizer_tensors, restore_optimizer
-from twofold.training.storage import new_folder, remove_folder, remove_leftovers, write_json, writing
 
 FOLDER_NAME = "checkpoints"
 KEPT = 2

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self
 
 from twofold.errors import TwofoldError
-from twofold.training.storage import write_text, writing
+from twofold.storage import write_text, writing
 
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

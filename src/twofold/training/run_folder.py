@@ -17,12 +17,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from twofold.errors import TwofoldError
+from twofold.storage import new_folder, remove_leftovers, write_json, writing
 from twofold.training.checkpoint import FOLDER_NAME as CHECKPOINTS
 from twofold.training.checkpoint import save_model
 from twofold.training.metrics import FILE_NAME as METRICS
 from twofold.training.progress import Outcome
 from twofold.training.spec import RunSpec
-from twofold.training.storage import new_folder, remove_leftovers, write_json, writing
 
 RUN = "run.json"
 MODEL = "model"

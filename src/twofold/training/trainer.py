@@ -18,6 +18,7 @@ from twofold.cost import cached_floats_per_token
 from twofold.errors import TwofoldError
 from twofold.models import build_model
 from twofold.spec import ModelSpec
+from twofold.storage import writing
 from twofold.tasks import Task, load_task
 from twofold.training.acceleration import accelerator_of
 from twofold.training.checkpoint import Checkpoints, TrainingState
@@ -30,7 +31,6 @@ from twofold.training.schedule import learning_rate
 from twofold.training.spec import RunSpec
 from twofold.training.step import LossLedger, Stepper
 from twofold.training.stopwatch import Stopwatch
-from twofold.training.storage import writing
 
 __all__ = ["Outcome", "Progress", "Report", "train"]
 

@@ -36,11 +36,20 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty where there is no such file or it holds no whole JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file by a text."""
-    partial = path.with_name(f"{HIDDEN}{path.name}.partial")
+    partial = _partial(path)
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -57,7 +66,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Its files have reached the disk before it is renamed: after a power cut, too, a folder of that name is whole.
     """
-    partial = path.with_name(f"{HIDDEN}{path.name}.partial")
+    partial = _partial(path)
     remove_folder(partial)
     try:
         partial.mkdir(parents=True)
@@ -98,6 +107,11 @@ def sync_folder(path: Path) -> None:
     """Have a folder's entries reach the disk (a no-op where folders cannot be opened, as on Windows)."""
     if os.name == "posix":
         _sync(path)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file or folder is made. Two processes that write the same one (a report, say) do not meet there."""
+    return path.with_name(f"{HIDDEN}{path.name}.{os.getpid()}.partial")
 
 
 def _sync(path: Path) -> None:
