@@ -161,12 +161,14 @@ def test_a_lock_dies_with_its_holder_and_names_it(tmp_path: Path):
         ("[]", False),
         ('{"pid": 1}', False),
         ('{"pid": 999999999, "host": "HERE", "created": 0}', False),
-        (f'{{"pid": {os.getpid()}, "host": "HERE", "created": 0}}', False),
+        ('{"pid": OWN, "host": "HERE", "created": 0}', False),
         ('{"pid": 1, "host": "another machine", "created": 0}', True),
     ],
 )
 def test_a_note_is_believed_only_of_a_living_process(tmp_path: Path, note: str, held: bool):
-    (tmp_path / lock.FILE_NAME).write_text(note.replace("HERE", lock.socket.gethostname()))
+    (tmp_path / lock.FILE_NAME).write_text(
+        note.replace("OWN", str(os.getpid())).replace("HERE", lock.socket.gethostname())
+    )
     assert is_held(tmp_path) is held
 
 
