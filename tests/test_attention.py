@@ -251,6 +251,27 @@ def test_cached_decoding_is_full_recomputation(spec: AttentionSpec, seed: int, c
     assert len(cache.held) == spec.tie.cached_tensors + bool(spec.positions.key_extension_dim)
 
 
+@pytest.mark.parametrize(
+    "positions", ["rotary", "partial", "proportional", "stream", "partial stream", "shared", "bias"]
+)
+def test_a_shifted_text_gives_the_same_answers(positions: str):
+    assert shift_changes(spec_with(positions=POSITIONS[positions])) < 1e-12
+
+
+def test_a_turned_stream_must_be_turned_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Attention, "_finish", lambda _, output, end: output.transpose(1, 2).flatten(2))
+    assert shift_changes(spec_with(positions=POSITIONS["stream"])) > 0.01
+
+
+def shift_changes(spec: AttentionSpec) -> float:
+    """How far the answers move when five masked tokens are put before a text."""
+    layer = drawn_layer(spec, torch.Generator().manual_seed(7))
+    states = torch.randn(1, 11, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    key_mask = (torch.arange(11) >= 5)[None]
+    with torch.no_grad():
+        return float((layer(states, key_mask=key_mask)[:, 5:] - layer(states[:, 5:])).abs().max())
+
+
 # dtypes, compilers, and mistakes
 
 
