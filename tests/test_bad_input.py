@@ -284,7 +284,7 @@ CASES: dict[str, tuple[Told, str, str]] = {
     "train: unknown field of a model": (command(*TRAIN, "--model-field", "colour=red"), "colour", "hidden_size"),
     "train: a field that contradicts the task": (command(*TRAIN, "--model-field", "vocab_size=7"), "vocab_size=7", "leave it out"),
     "train: a field that is no number": (command(*TRAIN, "--model-field", "dropout=much"), "much", "number"),
-    "train: a field of a training that is no number": (command(*TRAIN, "--training-field", "clip_norm=much"), "training-field", "number"),
+    "train: a field of a training that is no number": (command(*TRAIN, "--training-field", "clip_norm=much"), "clip_norm", "must be a number"),
     "train: unwritable folder": (command(*TRAIN, "--steps", "1", "--folder", "file/run", after=lambda place: place.file("file", "")), "file/run", "another folder"),
     "train: full disk": (command(*TRAIN, "--steps", "1", "--folder", "new", after=full_disk), "No space left on device", "make room"),
     "train: the folder holds another run": (command(*TRAIN, "--steps", "3", "--folder", "run", after=lambda place: place.run), "run", "choose another folder"),

@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from training_fixture import Progressions, Unsteady, make_run
+from twofold import storage
 from twofold.cost import cached_floats_per_token, parameters
 from twofold.errors import TwofoldError
 from twofold.models import load_model
-from twofold.training import checkpoint, storage
+from twofold.training import checkpoint
 from twofold.training.evaluation import evaluate
 from twofold.training.schedule import learning_rate
 from twofold.training.spec import RunSpec
