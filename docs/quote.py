@@ -4,7 +4,8 @@
     python docs/quote.py studies/laptop    # first take the report of a study folder into docs/results/laptop
 
 A block ``<!-- result: NAME -->`` holds the picture and the answer of ``docs/results/NAME``; the block ``<!-- results -->`` lists all results that there
-are. A test fails where a page says anything else than the reports.
+are; a block ``<!-- benchmark: NAME -->`` holds the rows of ``docs/results/NAME.json``, as ``benchmarks/NAME.py --json`` printed them. A test fails where a
+page says anything else than the files.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs", "results")
-BLOCK = re.compile(r"(<!-- result(?:s|: (?P<name>\S+)) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<kind>results?|benchmark)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -33,8 +34,11 @@ def quoted(page: Path, root: Path = ROOT) -> str:
     """The page's text with every block as the reports have it."""
 
     def block(found: re.Match[str]) -> str:
-        lines = _quote(page, root, found["name"]) if found["name"] else _list(page, root)
-        return found[1] + "".join(f"{line}\n" for line in lines) + found[3]
+        if found["kind"] == "benchmark":
+            lines = _rows(root, found["name"])
+        else:
+            lines = _quote(page, root, found["name"]) if found["name"] else _list(page, root)
+        return found[1] + "".join(f"{line}\n" for line in lines) + "<!-- end -->"
 
     return BLOCK.sub(block, page.read_text(encoding="utf-8"))
 
@@ -74,6 +78,19 @@ def _list(page: Path, root: Path) -> Iterator[str]:
             f"`{report['commands']['run']}`",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _rows(root: Path, name: str) -> Iterator[str]:
+    """The table of a benchmark; a goal that was not met is said as plainly as one that was."""
+    path = root / RESULTS / f"{name}.json"
+    if not path.exists():
+        return
+    yield "| measured | value | goal | |"
+    yield "|---|---|---|---|"
+    for row in json.loads(path.read_text(encoding="utf-8")):
+        value = f"{row['value']:,.3f}" if row["unit"] == "ratio" else f"{row['value']:,.0f} {row['unit']}"
+        verdict = "" if row["met"] is None else "met" if row["met"] else "**not met**"
+        yield f"| {_plain(row['name'])} | {value} | {row['goal'] or ''} | {verdict} |"
 
 
 def _link(page: Path, root: Path, name: str) -> str:

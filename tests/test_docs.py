@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -231,6 +232,19 @@ def test_a_result_that_is_not_there_is_not_quoted(house: Path):
     page = house / "docs" / "other.md"
     page.write_text("<!-- result: nowhere -->\n1.23\n<!-- end -->\n")
     assert QUOTE["quoted"](page, house) == "<!-- result: nowhere -->\n<!-- end -->\n"
+
+
+def test_a_benchmark_is_quoted_with_what_was_not_met(house: Path):
+    page = house / "docs" / "other.md"
+    page.write_text("<!-- benchmark: step -->\nold\n<!-- end -->\n")
+    rows = [
+        {"name": "time, a / b", "value": 1.0412, "unit": "ratio", "goal": "<= 1.03", "met": False},
+        {"name": "speed, a", "value": 1234.5, "unit": "tokens/s", "goal": None, "met": None},
+    ]
+    (house / "docs" / "results" / "step.json").write_text(json.dumps(rows))
+    lines = QUOTE["quoted"](page, house).splitlines()
+    assert lines[3:5] == ["| time, a / b | 1.041 | <= 1.03 | **not met** |", "| speed, a | 1,234 tokens/s |  |  |"]
+    assert "old" not in lines
 
 
 def test_the_first_screen_has_its_picture():
