@@ -21,10 +21,10 @@ from twofold import presets, storage
 from twofold.cache import TiedCache
 from twofold.cli import app
 from twofold.errors import TwofoldError
+from twofold.lock import FolderLock
 from twofold.models import TwofoldConfig, build_model, load_model
 from twofold.spec import ModelSpec
 from twofold.study.expansion import expand
-from twofold.study.lock import FolderLock
 from twofold.study.plan import parse_plan
 from twofold.tasks import load_task
 from twofold.tie import Tie

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "twofold"
 
 # From the ground up. A module may import from its own floor and from lower ones.
 FLOORS = [
-    ("_version", "errors", "lazy", "storage"),
+    ("_version", "errors", "lazy", "lock", "storage"),
     ("notation", "tie"),
     ("positions",),
     ("spec",),

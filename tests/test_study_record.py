@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from study_fixture import PLAN, ask, write_study
+from twofold import lock
 from twofold.errors import TwofoldError
+from twofold.lock import FolderLock, is_held
 from twofold.storage import read_json, write_json
-from twofold.study import lock, provenance
+from twofold.study import provenance
 from twofold.study.expansion import expand
-from twofold.study.lock import FolderLock, is_held
 from twofold.study.plan import StudyPlan
 from twofold.study.pool import _visible
 from twofold.study.record import StudyRecord
@@ -128,7 +129,7 @@ def test_of_a_repeated_step_the_last_line_counts_and_half_a_line_none(tmp_path: 
 # The lock
 
 
-HOLD = "import sys, time; from pathlib import Path; from twofold.study.lock import FolderLock\nwith FolderLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from twofold.lock import FolderLock\nwith FolderLock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
 def test_a_lock_dies_with_its_holder_and_names_it(tmp_path: Path):

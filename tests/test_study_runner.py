@@ -16,8 +16,8 @@ import pytest
 
 from study_fixture import PLAN
 from twofold.errors import TwofoldError
+from twofold.lock import FolderLock, is_held
 from twofold.study import pool, resumption, runner
-from twofold.study.lock import FolderLock, is_held
 from twofold.study.plan import StudyPlan
 from twofold.study.progress import Clock, RunUnderWay, StudyProgress
 from twofold.study.record import StudyRecord

@@ -21,6 +21,7 @@ from training_fixture import Progressions, Unsteady, make_run
 from twofold import storage
 from twofold.cost import cached_floats_per_token, parameters
 from twofold.errors import TwofoldError
+from twofold.lock import FolderLock
 from twofold.models import load_model
 from twofold.training import checkpoint
 from twofold.training.evaluation import evaluate
@@ -50,7 +51,7 @@ def test_a_run_and_what_it_leaves(tmp_path):
     outcome = train(run, tmp_path / "run", task=Progressions(), report=seen.append)
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoints", "metrics.jsonl", "model", "outcome.json", "run.json",
+        "checkpoints", "metrics.jsonl", "model", "outcome.json", "run.json", "runner.lock",
     ]  # fmt: skip
     assert RunSpec.from_dict(json.loads((folder / "run.json").read_text())) == run
     assert Outcome.from_dict(json.loads((folder / "outcome.json").read_text())) == outcome
@@ -95,6 +96,14 @@ def test_a_checkpoint_is_a_model(tmp_path):
     final = load_model(tmp_path / "model")
     assert same(dict(saved.state_dict()), dict(final.state_dict()))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    run = make_run(steps=2)
+    with FolderLock(tmp_path), pytest.raises(TwofoldError, match=r"is being run by process \d+"):
+        train(run, tmp_path, task=Progressions())
+    assert not (tmp_path / "metrics.jsonl").exists()
+    assert train(run, tmp_path, task=Progressions()).tokens == 2 * 8 * 12
 
 
 def test_a_finished_run_is_not_repeated(tmp_path):

@@ -20,8 +20,8 @@ from typing import Any, Literal, Self
 
 import pandas as pd
 
+from twofold.lock import is_held
 from twofold.storage import read_json
-from twofold.study.lock import is_held
 from twofold.study.plan import StudyPlan
 from twofold.study.record import Entry, PlannedRun, StudyRecord, TaskFacts
 

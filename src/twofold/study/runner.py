@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from twofold.errors import TwofoldError
+from twofold.lock import FolderLock
 from twofold.storage import read_json, write_json
-from twofold.study.lock import FolderLock
 from twofold.study.plan import StudyPlan
 from twofold.study.pool import Answer, Pool, Worker
 from twofold.study.progress import Clock, Phase, RunUnderWay, StudyProgress, cost
@@ -62,7 +62,6 @@ def run_study(
     if workers is not None and workers < 1:
         raise TwofoldError(f"A study needs at least one worker, not {workers}.")
     selection = Selection(plan, only)
-    folder.mkdir(parents=True, exist_ok=True)
     with FolderLock(folder):
         record = earlier(plan, folder, accept_changes=accept_changes)
         with _Changes(on_change) as changes, Pool(folder / "logs") as pool:

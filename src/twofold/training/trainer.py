@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from twofold.cost import cached_floats_per_token
 from twofold.errors import TwofoldError
+from twofold.lock import FolderLock
 from twofold.models import build_model
 from twofold.spec import ModelSpec
 from twofold.storage import writing
@@ -63,7 +64,7 @@ def train(
     evaluation, in the first process only. ``task`` is ``run.task`` where it is loaded already. ``tensorboard`` writes the metrics for
     TensorBoard too. ``compile_model`` compiles the model and its loss with torch.compile. The caller's random state is left as it was.
 
-    Raises TwofoldError if the folder holds another run or cannot be written to, if the data changed since the run began, and if a
+    Raises TwofoldError if the folder holds another run, is being trained in or cannot be written to, if the data changed since the run began, and if a
     loss or a gradient is not finite. The last checkpoint stays what it was in each case, and under Ctrl-C.
     """
     home = RunFolder(Path(folder))
@@ -73,12 +74,13 @@ def train(
     accelerator = accelerator_of(run.training)
     task = load_task(run.task) if task is None else task
     _check_fit(run.model, task)
-    if accelerator.is_main_process:
-        home.begin(run)
-    accelerator.wait_for_everyone()
     machine = _Machine(accelerator=accelerator, backend=backend, tensorboard=tensorboard, compile_model=compile_model)
-    with isolated_random_state(accelerator.device):
-        return _Session(run, home, task, machine, report).finish()
+    with FolderLock(home.path) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            home.begin(run)
+        accelerator.wait_for_everyone()
+        with isolated_random_state(accelerator.device):
+            return _Session(run, home, task, machine, report).finish()
 
 
 def _check_fit(model: ModelSpec, task: Task) -> None:

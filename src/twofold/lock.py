@@ -1,4 +1,4 @@
-"""One runner per study folder: an operating-system lock, which dies with its holder, and a note of who holds it."""
+"""One process per folder of a study or a run: an operating-system lock, which dies with its holder, and a note of who holds it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import IO, Any, Self
 import psutil
 
 from twofold.errors import TwofoldError
+from twofold.storage import writing
 
 if sys.platform == "win32":
     import msvcrt
@@ -23,7 +24,7 @@ FILE_NAME = "runner.lock"
 
 
 class FolderLock:
-    """Held while a runner works in ``folder``. A killed runner's lock is free at once; nothing has to be cleaned up by hand."""
+    """Held while a process works in ``folder``. A killed process's lock is free at once; nothing has to be cleaned up by hand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -31,18 +32,20 @@ class FolderLock:
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Self:
-        """Take the lock. Raises TwofoldError, naming the holder, where another runner has it."""
-        self._file = self.path.open("a+", encoding="utf-8")
-        try:
-            _lock(self._file)
-        except OSError:
-            self._file.close()
-            holder = _holder(self.path)
-            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-            raise TwofoldError(
-                f"{self.folder} is being run by {who}: wait for it, stop it, or choose another folder."
-            ) from None
-        self._write({"pid": os.getpid(), "host": socket.gethostname(), "created": psutil.Process().create_time()})
+        """Take the lock. Raises TwofoldError, naming the holder, where another process has it, and where the folder cannot be written to."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+", encoding="utf-8")
+            try:
+                _lock(self._file)
+            except OSError:
+                self._file.close()
+                holder = _holder(self.path)
+                who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+                raise TwofoldError(
+                    f"{self.folder} is being run by {who}: wait for it, stop it, or choose another folder."
+                ) from None
+            self._write({"pid": os.getpid(), "host": socket.gethostname(), "created": psutil.Process().create_time()})
         return self
 
     def __exit__(
