@@ -49,15 +49,19 @@ def _report(root: Path, name: str) -> dict[str, Any] | None:
 
 
 def _quote(page: Path, root: Path, name: str) -> Iterator[str]:
-    """The central figure, what it says of the study's first task, and where it came from."""
+    """The central figure, the first and the last thing that the report says of the study's first task, and where it came from."""
     report = _report(root, name)
     if report is None:
         return
     section, folder = report["sections"][0], _link(page, root, name)
     yield f"[![{section['title']}: loss against cached bytes per token, every variant and the Pareto front]({folder}/frontier.svg)]({folder}/report.md)"
     yield ""
-    yield f"**{section['title']}.** " + " ".join(_plain(sentence) for sentence in section["answer"])
-    yield f"(`{report['commands']['run']}`; [the whole report]({folder}/report.md))"
+    answer = section["answer"]
+    yield f"**{section['title']}.** " + " ".join(
+        _plain(sentence) for sentence in dict.fromkeys([answer[0], answer[-1]])
+    )
+    yield f"[The whole report]({folder}/report.md) has the controls at equal cache and equal parameters, the curves and the other tasks;"
+    yield f"`{report['commands']['run']}` makes it again."
 
 
 def _list(page: Path, root: Path) -> Iterator[str]:
