@@ -5,6 +5,7 @@ metrics.jsonl    see metrics
 checkpoints/     see checkpoint
 model/           the last weights, for load_model and from_pretrained
 outcome.json     the Outcome; its presence means that the run has ended
+runner.lock      see lock: one process at a time trains here
 """
 
 from __future__ import annotations
