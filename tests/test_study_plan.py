@@ -278,6 +278,11 @@ def test_every_built_in_study_expands_and_its_claims_hold(name: str):
     assert len(entries) == sum(len(task.variants) for task in study_plan.planned_tasks)
     for variant in study_plan.variants:
         assert variant.kind == "tie" or variant.note.endswith(".")
+    for task in study_plan.planned_tasks:
+        matched = {match.quantity for name in task.variants for match in study_plan.variant(name).matches}
+        assert matched == {"cache", "parameters"}, (
+            f"{task.name} has no control at equal cache, or none at equal parameters"
+        )
     training = [task.training for task in study_plan.planned_tasks]
     assert all(0 < values["checkpoint_every"] < values["steps"] for values in training), (
         "a kill must not cost a whole run"
@@ -317,6 +322,9 @@ def test_smoke_and_capability_are_what_they_say():
     assert {(entry.task, entry.tie) for entry in entries} == {
         (task, tie) for task in ("reverse", "sort") for tie in ("(Q, K, V)", "(Q, K=V)")
     }
+    for task in ("reverse", "sort"):
+        entry = {entry.variant: entry for entry in entries if entry.task == task}
+        assert entry["gqa-2"].parameters == entry["kv"].parameters
     for entry in entries:
         model, training, options = entry.run["model"], entry.run["training"], entry.run["task"]["options"]
         assert (model["hidden_size"], model["num_hidden_layers"], model["num_attention_heads"]) == (256, 2, 4)
