@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
+from twofold.cache_spec import CacheSpec, specs_of_layers
 from twofold.errors import TwofoldError
 from twofold.spec import AttentionSpec, ModelSpec
 
@@ -95,9 +96,16 @@ def _head_parameters(spec: ModelSpec) -> int:
 # The cache
 
 
+def cached_streams(spec: AttentionSpec) -> list[tuple[int, int]]:
+    """(heads, floats of a head) of every tensor that decoding keeps: the basis of K and V, and the shared rotary key."""
+    streams = [(spec.num_key_value_heads, spec.head_dim)] * spec.tie.cached_tensors
+    extension = spec.positions.key_extension_dim
+    return [*streams, (1, extension)] if extension else streams
+
+
 def cached_floats_per_layer(spec: AttentionSpec) -> int:
     """Floats that decoding keeps per token in one layer: (rank of the K and V rows)·G·D + d_r."""
-    return spec.tie.cached_tensors * spec.num_key_value_heads * spec.head_dim + spec.positions.key_extension_dim
+    return sum(heads * dim for heads, dim in cached_streams(spec))
 
 
 def cached_floats_per_token(spec: ModelSpec) -> int:
@@ -110,12 +118,41 @@ def cached_bytes_per_token(spec: ModelSpec, dtype: str = "bf16") -> int:
     return cached_floats_per_token(spec) * dtype_bytes(dtype)
 
 
-def cache_bytes(spec: ModelSpec, tokens: int, dtype: str = "bf16", batch: int = 1) -> int:
-    """Bytes of the cache of ``batch`` sequences of ``tokens`` each; a layer with a window keeps no more tokens than it may see."""
+def cache_bytes(
+    spec: ModelSpec,
+    tokens: int,
+    dtype: str = "bf16",
+    batch: int = 1,
+    cache: CacheSpec | tuple[CacheSpec, ...] = CacheSpec(),  # noqa: B008 (frozen)
+) -> int:
+    """Bytes of the cache of ``batch`` sequences of ``tokens`` each, held as ``cache`` says (for every layer, or one for each).
+
+    A layer with a window keeps no more tokens than it may see; one with pre-allocated room takes all of it at once. Quantized, a token of a
+    head costs D · bits / 8 bytes, and a scale and a zero point of the dtype for each group. Raises TwofoldError for what cannot be held.
+    """
     if tokens < 0 or batch < 1:
         raise TwofoldError(f"A cache holds 0 or more tokens of at least 1 sequence, not {tokens} of {batch}.")
-    floats = sum(cached_floats_per_layer(attention) * _visible(attention, tokens) for attention in _layers(spec))
-    return batch * floats * dtype_bytes(dtype)
+    width = dtype_bytes(dtype)
+    layers = zip(_layers(spec), specs_of_layers(spec.num_hidden_layers, cache), strict=True)
+    return batch * sum(_layer_bytes(attention, tokens, width, held) for attention, held in layers)
+
+
+def _layer_bytes(spec: AttentionSpec, tokens: int, width: int, cache: CacheSpec) -> int:
+    if cache.max_tokens and tokens > cache.max_tokens:
+        raise TwofoldError(f"A cache with room for {cache.max_tokens} tokens cannot hold {tokens}.")
+    kept = _visible(spec, cache.max_tokens or tokens)
+    if not cache.quantizes(spec.window_tokens):
+        return kept * cached_floats_per_layer(spec) * width
+    old = cache.quantized_tokens(kept)
+    quantized = sum(heads * _quantized_bytes(dim, old, width, cache) for heads, dim in cached_streams(spec))
+    return quantized + (kept - old) * cached_floats_per_layer(spec) * width
+
+
+def _quantized_bytes(dim: int, tokens: int, width: int, cache: CacheSpec) -> int:
+    """Codes of one head, and a scale and a zero point of each group."""
+    group = cache.group(dim)
+    groups = tokens * (dim // group) if cache.axis == "token" else tokens // cache.group_size * dim
+    return tokens * dim * cache.bits // 8 + 2 * groups * width
 
 
 def _visible(spec: AttentionSpec, tokens: int) -> int:
