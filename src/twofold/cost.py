@@ -144,11 +144,11 @@ def _layer_bytes(spec: AttentionSpec, tokens: int, width: int, cache: CacheSpec)
     if not cache.quantizes(spec.window_tokens):
         return kept * cached_floats_per_layer(spec) * width
     old = cache.quantized_tokens(kept)
-    quantized = sum(heads * _quantized_bytes(dim, old, width, cache) for heads, dim in cached_streams(spec))
+    quantized = sum(heads * quantized_bytes(dim, old, width, cache) for heads, dim in cached_streams(spec))
     return quantized + (kept - old) * cached_floats_per_layer(spec) * width
 
 
-def _quantized_bytes(dim: int, tokens: int, width: int, cache: CacheSpec) -> int:
+def quantized_bytes(dim: int, tokens: int, width: int, cache: CacheSpec) -> int:
     """Codes of one head, and a scale and a zero point of each group."""
     group = cache.group(dim)
     groups = tokens * (dim // group) if cache.axis == "token" else tokens // cache.group_size * dim
