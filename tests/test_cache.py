@@ -298,5 +298,5 @@ def test_a_model_refuses_a_cache_that_is_not_its_own():
         step(model, DynamicCache(), tokens)
     other = TiedCache(LLAMA.with_changes(head_dim=16))
     step(drawn_model(LLAMA.with_changes(head_dim=16)), other, tokens)
-    with pytest.raises(TwofoldError, match="use one cache for one batch of one model"):
+    with pytest.raises(TwofoldError, match="in layer 0 its head_dim is 16, and this model's is 8"):
         step(model, other, tokens)

@@ -199,9 +199,14 @@ def test_a_cache_is_made_where_it_is_of_use():
 
 def test_mistakes():
     model, tokens = drawn_model(LLAMA), drawn_tokens(2, 6)
-    for implementation in ("static", "quantized", "offloaded"):
-        with pytest.raises(TwofoldError, match=f"no '{implementation}' one"):
-            generated(model, tokens, cache_implementation=implementation)
+    for cache_config, told in (
+        ({"backend": "hqq"}, "The quantizer 'hqq' holds keys and values apart"),
+        ({"bits": 8}, "has no option 'bits': its options are backend, nbits"),
+        ({"nbits": 3}, "A cache of 3 bits cannot be had: use 8 or 4"),
+        ({"q_group_size": 3}, "8 floats of a head do not split into groups of 3"),
+    ):
+        with pytest.raises(TwofoldError, match=told):
+            generated(model, tokens, cache_implementation="quantized", cache_config=cache_config)
     cache = TiedCache(LLAMA)
     model(tokens, cache=cache)
     for options in ({"cache": cache}, {"cache": TiedCache(LLAMA)}, {"use_cache": True}):

@@ -11,28 +11,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
 from twofold.kernels import Inputs, Mask, Problem, Rotation, attend, check_name
+from twofold.rotations import Positions, indices, rotation_at, rows
 from twofold.spec import AttentionSpec
 from twofold.tie import ROLES
 
 __all__ = ["Attention", "StreamCache", "problem_of"]
 
 
+Made = TypeVar("Made")
+
+
 class StreamCache(Protocol):
     """One layer of a cache, as attention sees it."""
 
     @property
-    def tokens_seen(self) -> int:
-        """The position of the first of the tokens that the next update brings."""
+    def tokens_seen(self) -> int | Tensor:
+        """The position of the first of the tokens that the next update brings; a tensor [] where only the device knows it."""
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that there will ever be; 0: not known."""
 
     def update(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Append the streams of T tokens; the streams of the last S, which are all that the new tokens may see."""
+        """Append the streams of T tokens; streams of S keys, among which are all that the new tokens may see."""
+
+    def key_positions(self, num_keys: int) -> Positions:
+        """Where the S keys that the last update gave stand; negative where a slot holds no key yet."""
+
+    def remember(self, name: str, make: Callable[[], Made]) -> Made:
+        """What ``make`` gives, made once where the cache's room never moves."""
 
 
 class Attention(nn.Module):
@@ -94,20 +108,19 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, T, C] -> [B, T, C].
 
-        ``key_mask`` [B, S] is False where a key is padding; ``segments`` [B, T] numbers the documents packed into a row. With a ``cache`` the T
-        tokens follow those that it has seen, and S counts what it gives back. Raises TwofoldError for shapes that do not fit.
+        ``key_mask`` [B, P] is False where a token is padding; ``segments`` [B, T] numbers the documents packed into a row. With a ``cache`` the T
+        tokens follow those that it has seen, and P counts those too (or all that it has room for). Raises TwofoldError for shapes that do not fit.
         """
         spec = self.spec
         self._check(hidden_states, segments, cache)
-        num_tokens = hidden_states.shape[1]
-        end = num_tokens + (0 if cache is None else cache.tokens_seen)
-        query, streams = self._project(hidden_states, end)
+        queries = keys = _positions_of(hidden_states, cache)
+        _check_mask(key_mask, hidden_states.shape[0], queries, cache)
+        query, streams = self._project(hidden_states, queries, cache)
         if cache is not None:
             streams = cache.update(streams)
-        num_keys = streams[0].shape[2]
-        key, value, rotation = self._read(streams, end)
+            keys = cache.key_positions(streams[0].shape[2])
+        key, value, rotation = self._read(streams, keys, cache)
         extension = streams[-1] if spec.positions.key_extension_dim else None
-        _check_mask(key_mask, (hidden_states.shape[0], num_keys))
         output = attend(
             Inputs(
                 query=query,
@@ -115,20 +128,27 @@ class Attention(nn.Module):
                 value=value,
                 key_extension=extension,
                 key_rotation=rotation,
-                bias=self._bias(query, end, num_keys),
-                mask=Mask(causal=spec.causal, window_tokens=spec.window_tokens, key_mask=key_mask, segments=segments),
+                bias=self._bias(query, queries, keys),
+                mask=Mask(
+                    causal=spec.causal,
+                    window_tokens=spec.window_tokens,
+                    key_mask=_keys_of(key_mask, keys),
+                    segments=segments,
+                    positions=_unless_last(queries, keys, query.device),
+                ),
                 scale=spec.scale,
             ),
             self.backend,
         )
-        return self.o_proj(self._finish(output, end))
+        return self.o_proj(self._finish(output, queries, cache))
 
-    def _project(self, hidden_states: Tensor, end: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The query [B, H, T, D + d_r], ready, and the streams of the T tokens that end before position ``end``, as they are cached."""
+    def _project(
+        self, hidden_states: Tensor, queries: Positions, cache: StreamCache | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The query [B, H, T, D + d_r], ready, and the streams of the T tokens as they are cached."""
         spec = self.spec
         query, key, value = self._roles(hidden_states)
-        num_tokens = hidden_states.shape[1]
-        rotation = self._rotation(end - num_tokens, num_tokens, key)
+        rotation = self._rotation(queries, key, cache)
         if spec.qk_norm:
             query = self.q_norm(query)
         if rotation is not None:
@@ -138,7 +158,7 @@ class Attention(nn.Module):
             key = self.k_norm(key) if spec.qk_norm else key
             streams = (key if rotation is None else rotation.turn(key), *streams[1:])
         if extension := spec.positions.key_extension_dim:
-            turn = self._extension_rotation(end - num_tokens, num_tokens, key).turn
+            turn = self._extension_rotation(queries, key, cache).turn
             query = torch.cat((query, turn(_heads(self.q_rotary_proj(hidden_states), extension))), dim=-1)
             streams = (*streams, turn(_heads(self.k_rotary_proj(hidden_states), extension)))
         if spec.tie.plus:
@@ -155,52 +175,54 @@ class Attention(nn.Module):
             made[role] = _heads(_combination(terms), head_dim)
         return made["Q"], made["K"], made.get("V")
 
-    def _read(self, streams: tuple[Tensor, ...], end: int) -> tuple[Tensor, Tensor, Rotation | None]:
+    def _read(
+        self, streams: tuple[Tensor, ...], keys: Positions, cache: StreamCache | None
+    ) -> tuple[Tensor, Tensor, Rotation | None]:
         """K and V [B, G, S, D] from what the cache gives, and the rotation that the kernel must apply to K."""
         stream, positions = streams[0], self.spec.positions
         if self.spec.tie.value_over_key is None:
             return stream, streams[1], None
         if positions.turns_stream:
             return stream, stream, None
-        num_keys = stream.shape[2]
         key = self.k_norm(stream) if self.spec.qk_norm else stream
-        return key, stream, self._rotation(end - num_keys, num_keys, stream)
+        return key, stream, self._rotation(keys, stream, cache)
 
-    def _finish(self, output: Tensor, end: int) -> Tensor:
+    def _finish(self, output: Tensor, queries: Positions, cache: StreamCache | None) -> Tensor:
         """[B, H, T, D] -> [B, T, H·D]: turned back if the stream was turned, and times c where V = cK."""
-        num_tokens = output.shape[2]
         if self.spec.positions.turns_stream:
-            rotation = self._rotation(end - num_tokens, num_tokens, output)
+            rotation = self._rotation(queries, output, cache)
             output = output if rotation is None else rotation.turn_back(output)
         if self.spec.tie.value_over_key not in (None, 1):
             output = output * float(self.spec.tie.value_over_key or 1)
         return output.transpose(1, 2).flatten(2)
 
-    def _bias(self, query: Tensor, end: int, num_keys: int) -> Tensor | None:
+    def _bias(self, query: Tensor, queries: Positions, keys: Positions) -> Tensor | None:
         """What is added to the logits, broadcastable to [B, H, T, S].
 
         The 2-D positions S'ij = Sij·Σw + w·Pij + b are a temperature Σw (in the query) and one number per key: terms of i cancel in the softmax.
         """
         bias = None
         if self.spec.positions.num_bias_buckets:
-            keys = torch.arange(end - num_keys, end, device=query.device)
-            buckets = self.spec.positions.buckets(keys[-query.shape[2] :], keys, causal=self.spec.causal)
+            places = [indices(positions, query.device) for positions in (queries, keys)]
+            buckets = self.spec.positions.buckets(*places, causal=self.spec.causal)
             bias = self.relative_bias[buckets].permute(2, 0, 1)[None].to(query.dtype)
         if self.spec.tie.plus:
             half = self.spec.plus_channels // 2
-            table = _sines(num_keys, half, query.device).to(self.plus_weight.dtype)
+            table = _sines(len(keys), half, query.device).to(self.plus_weight.dtype)
             per_key = (table @ self.plus_weight[half:] + self.plus_bias).to(query.dtype)[None, None, None]
             bias = per_key if bias is None else bias * self.plus_weight.sum() + per_key
         return bias
 
-    def _rotation(self, first: int, count: int, like: Tensor) -> Rotation | None:
-        """The turning of queries and keys at positions first … first + count - 1."""
+    def _rotation(self, positions: Positions, like: Tensor, cache: StreamCache | None) -> Rotation | None:
+        """The turning of queries and keys at these positions."""
         head_dim = self.spec.head_dim
         angles = partial(self.spec.positions.angles, head_dim=head_dim)
-        return _rotation((self.spec.positions, head_dim), angles, first, count, like)
+        make = partial(rotation_at, (self.spec.positions, head_dim), angles, like=like)
+        return _made_for(positions, make, "rotation", cache)
 
-    def _extension_rotation(self, first: int, count: int, like: Tensor) -> Rotation:
-        rotation = _rotation(self.spec.positions, self.spec.positions.extension_angles, first, count, like)
+    def _extension_rotation(self, positions: Positions, like: Tensor, cache: StreamCache | None) -> Rotation:
+        make = partial(rotation_at, self.spec.positions, self.spec.positions.extension_angles, like=like)
+        rotation = _made_for(positions, make, "extension", cache)
         assert rotation is not None
         return rotation
 
@@ -261,9 +283,46 @@ def _combination(terms: list[tuple[float, Tensor]]) -> Tensor:
     return total
 
 
-def _check_mask(key_mask: Tensor | None, wanted: tuple[int, int]) -> None:
-    if key_mask is not None and tuple(key_mask.shape) != wanted:
-        raise TwofoldError(f"key_mask has the shape {tuple(key_mask.shape)}, but must be (batch, keys) = {wanted}.")
+def _positions_of(hidden_states: Tensor, cache: StreamCache | None) -> Positions:
+    """Where the T tokens stand."""
+    first, count = 0 if cache is None else cache.tokens_seen, hidden_states.shape[1]
+    if isinstance(first, Tensor):
+        return first + torch.arange(count, device=hidden_states.device)
+    return range(first, first + count)
+
+
+def _made_for(
+    positions: Positions, make: Callable[..., Rotation | None], name: str, cache: StreamCache | None
+) -> Rotation | None:
+    """Where positions are tensors, their rows of a table of all positions there will be; elsewhere, rows of a shared one."""
+    if cache is None or not (isinstance(positions, Tensor) or isinstance(cache.tokens_seen, Tensor)):
+        return make(positions=positions)
+    return rows(cache.remember(name, partial(make, positions=range(cache.max_tokens))), positions)
+
+
+def _keys_of(key_mask: Tensor | None, keys: Positions) -> Tensor | None:
+    """The mask [B, S] of the keys, of that [B, P] of all tokens."""
+    if key_mask is None:
+        return None
+    return key_mask[:, keys.clamp(min=0)] if isinstance(keys, Tensor) else key_mask[:, keys.start : keys.stop]
+
+
+def _unless_last(queries: Positions, keys: Positions, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Both as tensors, unless the queries are those of the last T of S successive keys, as kernels take for granted."""
+    if isinstance(queries, range) and isinstance(keys, range) and queries.stop == keys.stop:
+        return None
+    return indices(queries, device), indices(keys, device)
+
+
+def _check_mask(key_mask: Tensor | None, batch: int, queries: Positions, cache: StreamCache | None) -> None:
+    if key_mask is None:
+        return
+    room = 0 if cache is None else cache.max_tokens
+    tokens = queries.stop if isinstance(queries, range) else room
+    if key_mask.shape[0] != batch or (key_mask.shape[1] != tokens and not 0 < room <= key_mask.shape[1]):
+        raise TwofoldError(
+            f"key_mask has the shape {tuple(key_mask.shape)}, but must be (batch, tokens, those in the cache included) = {(batch, tokens)}."
+        )
 
 
 def _sines(count: int, channels: int, device: torch.device) -> Tensor:
@@ -275,40 +334,3 @@ def _sines(count: int, channels: int, device: torch.device) -> Tensor:
     position = torch.arange(count, device=device, dtype=torch.float64)
     angles = torch.outer(position, 10000.0 ** (-(index - index % 2).double() / channels))
     return torch.where(index % 2 == 0, angles.sin(), angles.cos())
-
-
-# Cosines and sines by scheme, length, device and dtype: the layers of a model share one table, and decoding does not make one for each token.
-_TABLES: dict[object, Rotation | None] = {}
-_MAX_TABLES = 32
-
-
-def _rotation(
-    scheme: object, angles: Callable[[Tensor], tuple[Tensor, int] | None], first: int, count: int, like: Tensor
-) -> Rotation | None:
-    """The rotation at positions first … first + count - 1, in the dtype and on the device of ``like``."""
-    if (
-        torch.compiler.is_compiling()
-    ):  # the compiler folds what does not change, and must not be shown a dictionary that does
-        return _table(angles, first, first + count, like)
-    length = 1 << max(0, first + count - 1).bit_length()
-    key = (scheme, length, like.device, like.dtype)
-    if key not in _TABLES:
-        if len(_TABLES) >= _MAX_TABLES:
-            _TABLES.pop(next(iter(_TABLES)))
-        with torch.inference_mode(False):  # a table made in inference mode could not be used in training later
-            _TABLES[key] = _table(angles, 0, length, like)
-    table = _TABLES[key]
-    if table is None:
-        return None
-    rows = slice(first, first + count)
-    return Rotation(cosine=table.cosine[rows], sine=table.sine[rows], distance=table.distance)
-
-
-def _table(
-    angles: Callable[[Tensor], tuple[Tensor, int] | None], first: int, end: int, like: Tensor
-) -> Rotation | None:
-    found = angles(torch.arange(first, end, device=like.device))
-    if found is None:
-        return None
-    turned, distance = found
-    return Rotation(cosine=turned.cos().to(like.dtype), sine=turned.sin().to(like.dtype), distance=distance)

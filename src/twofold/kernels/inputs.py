@@ -49,34 +49,40 @@ class Mask:
     """Which keys a query may see.
 
     ``causal``: none after itself. ``window_tokens`` w > 0: none further than w - 1 tokens away. ``key_mask`` [B, S]: none where it is False.
-    ``segments`` [B, S], numbers of the documents that are packed into a row: none of another document.
+    ``segments`` [B, S], numbers of the documents that are packed into a row: none of another document. ``positions``: where queries [T] and keys [S]
+    stand, where the queries are not those of the last T of S successive keys; none at a negative position.
     """
 
     causal: bool
     window_tokens: int = 0
     key_mask: Tensor | None = None
     segments: Tensor | None = None
+    positions: tuple[Tensor, Tensor] | None = None
 
     def is_plain(self, num_queries: int, num_keys: int) -> bool:
         """Whether nothing is hidden but, with ``causal``, what comes later."""
-        sees_all = not self.window_tokens or self.window_tokens >= num_keys
+        sees_all = self.positions is None and (not self.window_tokens or self.window_tokens >= num_keys)
         return sees_all and self.key_mask is None and (self.segments is None or num_queries == num_keys == 1)
 
     def allowed(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         """True where a query may see a key: [1 or B, 1, T, S]."""
-        keys = torch.arange(num_keys, device=device)
-        behind = keys[num_keys - num_queries :, None] - keys[None, :]
-        allowed = torch.ones_like(behind, dtype=torch.bool)
+        if self.positions is None:
+            keys = torch.arange(num_keys, device=device)
+            queries = keys[num_keys - num_queries :]
+        else:
+            queries, keys = self.positions
+        behind = queries[:, None] - keys[None, :]
+        allowed = (keys >= 0).expand_as(behind)
         if self.causal:
-            allowed &= behind >= 0
+            allowed = allowed & (behind >= 0)
         if self.window_tokens:
-            allowed &= behind.abs() < self.window_tokens
+            allowed = allowed & (behind.abs() < self.window_tokens)
         allowed = allowed[None, None]
         if self.key_mask is not None:
             allowed = allowed & self.key_mask[:, None, None, :]
         if self.segments is not None:
-            queries = self.segments[:, num_keys - num_queries :]
-            allowed = allowed & (queries[:, None, :, None] == self.segments[:, None, None, :])
+            documents = self.segments[:, num_keys - num_queries :]
+            allowed = allowed & (documents[:, None, :, None] == self.segments[:, None, None, :])
         return allowed
 
 

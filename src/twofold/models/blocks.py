@@ -65,7 +65,7 @@ class Block(GradientCheckpointingLayer):
         segments: Tensor | None = None,
         cache: LayerView | None = None,
     ) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``key_mask`` [B, S] covers the keys of this layer's cache and the T new ones."""
+        """[B, T, C] -> [B, T, C]; ``key_mask`` [B, P] covers the tokens before the T new ones too."""
         attended = self.attention(self.attention_norm(hidden_states), key_mask=key_mask, segments=segments, cache=cache)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
@@ -91,8 +91,7 @@ class Trunk(nn.Module):
         for index, layer in enumerate(self.layers):
             _record(states, hidden_states)
             view = None if cache is None else LayerView(cache, index)
-            key_mask = _keys_of(sequence, view)
-            hidden_states = layer(hidden_states, key_mask=key_mask, segments=sequence.segments, cache=view)
+            hidden_states = layer(hidden_states, key_mask=sequence.key_mask, segments=sequence.segments, cache=view)
         hidden_states = self.norm(hidden_states)
         _record(states, hidden_states)
         return hidden_states
@@ -101,11 +100,3 @@ class Trunk(nn.Module):
 def _record(states: list[Tensor] | None, hidden_states: Tensor) -> None:
     if states is not None:
         states.append(hidden_states)
-
-
-def _keys_of(sequence: Sequence, view: LayerView | None) -> Tensor | None:
-    """The mask of the keys that a layer will see: a window's cache has dropped the first ones."""
-    if sequence.key_mask is None or view is None:
-        return sequence.key_mask
-    num_keys, _ = view.layer.get_mask_sizes(sequence.num_tokens)
-    return sequence.key_mask[:, -num_keys:]

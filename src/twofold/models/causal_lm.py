@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -13,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from twofold.cache import TiedCache
 from twofold.errors import TwofoldError
 from twofold.models.blocks import Trunk
+from twofold.models.cache_choice import cache_spec_of
 from twofold.models.configuration import TwofoldConfig
 from twofold.models.embedding import InputEmbedding
 from twofold.models.loss import mean_cross_entropy
@@ -33,13 +36,15 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
     """
 
     architecture = "causal_lm"
+    _last_room = 0
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "embedding.tokens.weight"}
 
     def __init__(self, config: TwofoldConfig, *, backend: str = "auto", initial_seed: int | None = None) -> None:
         super().__init__(config, backend=backend, initial_seed=initial_seed)
         spec = config.spec
         self.embedding = InputEmbedding(spec)
-        self.trunk = Trunk(spec, backend)
+        self.trunk = Trunk(spec, self.backend)
+        self._attention_specs = tuple(spec.attention(index) for index in range(spec.num_hidden_layers))
         self.lm_head: nn.Module = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self.post_init()
 
@@ -71,10 +76,7 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
         if document_ids is not None and (cache is not None or use_cache):
             raise TwofoldError("Packed documents are read at once: they cannot continue a cache, nor fill one.")
         embedded = self._embedded(input_ids, options.get("inputs_embeds"))
-        past_tokens = 0 if cache is None else cache.get_seq_length()
-        sequence = Sequence.of(
-            embedded, attention_mask=attention_mask, document_ids=document_ids, past_tokens=past_tokens
-        )
+        sequence = self._sequence(embedded, attention_mask, document_ids, cache)
         if cache is None and self._makes_cache(use_cache, labels, document_ids):
             cache = TiedCache(self.config.spec)
         elif cache is not None and self._recomputes_layers():
@@ -102,6 +104,21 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
             return self.embedding.check_hidden_states("inputs_embeds", inputs_embeds)
         raise TwofoldError("Give the model exactly one of input_ids and inputs_embeds.")
 
+    def _sequence(
+        self, embedded: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, cache: Cache | None
+    ) -> Sequence:
+        """The tokens, and those before them; what the cache cannot continue or hold is refused before it holds any of it."""
+        if cache is None:
+            return Sequence.of(embedded, attention_mask=attention_mask, document_ids=document_ids)
+        if not isinstance(cache, TiedCache):
+            raise TwofoldError(
+                f"A {type(cache).__name__} keeps keys and values apart and cannot hold tied streams: use twofold.cache.TiedCache(model.config.spec)."
+            )
+        cache.check_fits(self._attention_specs, embedded.shape[1])
+        return Sequence.of(
+            embedded, attention_mask=attention_mask, past_tokens=cache.past_tokens, max_tokens=cache.max_tokens
+        )
+
     def _makes_cache(self, use_cache: bool | None, labels: Tensor | None, document_ids: Tensor | None) -> bool:
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and document_ids is None
@@ -122,20 +139,39 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
         return sequence.next_token_labels(labels)
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **options: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic"):
-            raise TwofoldError(
-                f"A tied cache grows with its tokens; there is no {implementation!r} one: leave cache_implementation out."
+        if model_kwargs.get(CACHE_FIELD) is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-        given = model_kwargs.get(CACHE_FIELD)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **options)
-        if given is None and model_kwargs.get(CACHE_FIELD) is not None:
-            cache = TiedCache(self.config.spec)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-            model_kwargs[CACHE_FIELD] = cache
+        else:
+            model_kwargs[CACHE_FIELD] = self._cache_for(generation_config, max_cache_length)
+
+    def _cache_for(self, generation_config: GenerationConfig, max_tokens: int) -> TiedCache:
+        max_tokens = max(max_tokens, getattr(generation_config, "max_cache_len", None) or 0)
+        held = cache_spec_of(generation_config.cache_implementation, generation_config.cache_config, max_tokens)
+        if held.max_tokens:
+            # No less room than the last time: a compiled step is compiled for its room.
+            held = replace(held, max_tokens=max(held.max_tokens, self._last_room))
+            self._last_room = held.max_tokens
+        cache = TiedCache(self.config.spec, held)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        return cache
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **options: Any) -> Tensor | None:
+        """A mask [B, S] as wide as the cache will ever be, so that a compiled step has one shape for all tokens."""
+        cache = options.get("cache") or options.get("past_key_values")
+        if attention_mask is None or not isinstance(cache, TiedCache) or not cache.max_tokens:
+            return attention_mask
+        return F.pad(attention_mask, (0, cache.max_tokens - attention_mask.shape[1]), value=1)
 
     # Where Transformers finds what it resizes and ties.
 

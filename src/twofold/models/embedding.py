@@ -61,9 +61,13 @@ class InputEmbedding(nn.Module):
         """Add learned positions to [B, T, C], if the model has any. Raises TwofoldError where they do not reach."""
         if self.positions is not None:
             indices = sequence.position_ids()
-            # The indices are looked into only if one may be out of range: on a GPU that waits for the device.
+            # The indices are looked into only if one may be out of range: on a GPU that waits for the device. Pre-allocated room never is.
             length = self.positions.num_embeddings
-            if sequence.total_tokens > length and int(indices.max()) >= length:
+            if (
+                not isinstance(sequence.past_tokens, Tensor)
+                and sequence.total_tokens > length
+                and int(indices.max()) >= length
+            ):
                 raise TwofoldError(
                     f"A sequence of {int(indices.max()) + 1} tokens is too long: this model has learned {length} positions."
                 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from twofold.errors import TwofoldError
 
@@ -15,15 +16,16 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence:
-    """The last T of S tokens, the first S - T of which are in the cache.
+    """The last T of S tokens, the first S - T of which are in the cache; that number is a tensor [] where only the device knows it.
 
-    ``key_mask`` [B, S] is True where a token is text and False where it is padding (None: no padding); ``segments`` [B, T] numbers the
-    documents that are packed into one row (None: one document).
+    ``key_mask`` [B, S] is True where a token is text and False where it is padding (None: no padding); where a cache has its room
+    pre-allocated it may be as wide as that, and what is to come counts as text. ``segments`` [B, T] numbers the documents that are packed into
+    one row (None: one document).
     """
 
     num_tokens: int
     device: torch.device
-    past_tokens: int = 0
+    past_tokens: int | Tensor = 0
     key_mask: Tensor | None = None
     segments: Tensor | None = None
 
@@ -34,12 +36,20 @@ class Sequence:
         *,
         attention_mask: Tensor | None,
         document_ids: Tensor | None = None,
-        past_tokens: int = 0,
+        past_tokens: int | Tensor = 0,
+        max_tokens: int = 0,
     ) -> Sequence:
-        """Check and simplify what a caller gave for hidden states [B, T, C]. Raises TwofoldError for shapes that do not fit."""
+        """Check and simplify what a caller gave for hidden states [B, T, C]; ``max_tokens`` is the room of the cache, 0 where it grows.
+
+        Raises TwofoldError for shapes that do not fit.
+        """
         batch, num_tokens = hidden_states.shape[:2]
-        _check_shape("attention_mask", attention_mask, (batch, past_tokens + num_tokens))
         _check_shape("document_ids", document_ids, (batch, num_tokens))
+        if attention_mask is not None and tuple(attention_mask.shape) != (batch, max_tokens):
+            total = int(past_tokens) + num_tokens
+            _check_shape("attention_mask", attention_mask, (batch, total))
+            if isinstance(past_tokens, Tensor):
+                attention_mask = F.pad(attention_mask, (0, max_tokens - total), value=1)
         return cls(
             num_tokens=num_tokens,
             device=hidden_states.device,
@@ -50,8 +60,14 @@ class Sequence:
 
     @property
     def total_tokens(self) -> int:
-        """S."""
-        return self.past_tokens + self.num_tokens
+        """S. Looking at it may wait for the device."""
+        return int(self.past_tokens) + self.num_tokens
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """The columns [..., T] of the T tokens, of those of all tokens."""
+        if isinstance(self.past_tokens, Tensor):
+            return tokens[..., self.past_tokens + torch.arange(self.num_tokens, device=self.device)]
+        return tokens[..., self.past_tokens : self.past_tokens + self.num_tokens]
 
     def position_ids(self) -> Tensor:
         """The position of each of the T tokens, [T] or [B, T], counted from 0.
@@ -63,13 +79,13 @@ class Sequence:
         elif self.segments is not None:
             text = torch.ones_like(self.segments, dtype=torch.long)
         else:
-            return torch.arange(self.past_tokens, self.total_tokens, device=self.device)
+            return self.past_tokens + torch.arange(self.num_tokens, device=self.device)
         counted = text.cumsum(dim=1)
         if self.segments is not None:
             starts = torch.ones_like(self.segments, dtype=torch.bool)
             starts[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
             counted = counted - (counted - text).masked_fill(~starts, 0).cummax(dim=1).values
-        return (counted - 1).clamp(min=0)[:, -self.num_tokens :]
+        return self._own((counted - 1).clamp(min=0))
 
     def next_token_labels(self, labels: Tensor) -> Tensor:
         """Labels [B, T] of the tokens themselves -> labels of the tokens that follow, [B, T].
@@ -80,7 +96,7 @@ class Sequence:
         shifted = torch.full_like(labels, IGNORED)
         shifted[:, :-1] = labels[:, 1:]
         if self.key_mask is not None:
-            text = self.key_mask[:, -self.num_tokens :]
+            text = self._own(self.key_mask)
             shifted[:, :-1].masked_fill_(~(text[:, :-1] & text[:, 1:]), IGNORED)
         if self.segments is not None:
             shifted[:, :-1].masked_fill_(self.segments[:, :-1] != self.segments[:, 1:], IGNORED)
@@ -88,7 +104,7 @@ class Sequence:
 
     def token_labels(self, labels: Tensor) -> Tensor:
         """Labels [B, T] without those of padding."""
-        return labels if self.key_mask is None else labels.masked_fill(~self.key_mask[:, -self.num_tokens :], IGNORED)
+        return labels if self.key_mask is None else labels.masked_fill(~self._own(self.key_mask), IGNORED)
 
 
 def _check_shape(name: str, tensor: Tensor | None, wanted: tuple[int, int]) -> None:
