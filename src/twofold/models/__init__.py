@@ -1,6 +1,7 @@
 """Transformers models whose every layer attends through a tie: a language model, a classifier of tokens and sets, a vision transformer.
 
-Importing this package registers them, so that ``AutoModelForCausalLM.from_pretrained`` finds a checkpoint of ours by its configuration.
+Importing this package registers them, so that ``AutoModelForCausalLM.from_pretrained`` finds a checkpoint of ours by its configuration, and makes
+``attn_implementation="twofold"`` known, by which Transformers' own models attend through our kernels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from twofold.models import attention_interface
 from twofold.models.causal_lm import TwofoldForCausalLM
 from twofold.models.checkpoint import MODELS, load_model
 from twofold.models.classification import TwofoldForTokenClassification
@@ -39,6 +41,7 @@ def build_model(spec: ModelSpec, *, seed: int, backend: str = "auto") -> Twofold
     return MODELS[spec.architecture](TwofoldConfig.from_spec(spec), backend=backend, initial_seed=seed).train()
 
 
+attention_interface.register()
 AutoConfig.register(TwofoldConfig.model_type, TwofoldConfig, exist_ok=True)
 AutoModelForCausalLM.register(TwofoldConfig, TwofoldForCausalLM, exist_ok=True)
 AutoModelForTokenClassification.register(TwofoldConfig, TwofoldForTokenClassification, exist_ok=True)

@@ -25,7 +25,7 @@ class TwofoldForTokenClassification(TwofoldPreTrainedModel):
         super().__init__(config, backend=backend, initial_seed=initial_seed)
         spec = config.spec
         self.embedding = InputEmbedding(spec)
-        self.trunk = Trunk(spec, backend)
+        self.trunk = Trunk(spec, self.backend)
         self.classifier = nn.Linear(spec.hidden_size, spec.num_labels)
         self.post_init()
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from twofold.attention import Attention
 from twofold.errors import TwofoldError
+from twofold.models.attention_interface import NAME, backend_of
 from twofold.models.configuration import TwofoldConfig
 from twofold.models.initialization import initialize
 
@@ -21,8 +23,9 @@ COMMON_OPTIONS = ("return_dict", "output_hidden_states", "output_attentions")
 class TwofoldPreTrainedModel(PreTrainedModel):
     """Weights drawn per parameter name, from ``initial_seed`` or else from one number of torch's own random state.
 
-    ``backend`` is the attention kernel (see :mod:`twofold.kernels`); it is a matter of this process, not of the checkpoint.
-    Raises TwofoldError for the configuration of another architecture.
+    ``backend`` is the attention kernel (see :mod:`twofold.kernels`); Transformers' own way to say it, ``attn_implementation`` ("twofold", "sdpa" or
+    "eager", in the configuration or ``from_pretrained``), is understood where ``backend`` is left out. Either is a matter of this process, not of
+    the checkpoint. Raises TwofoldError for the configuration of another architecture, and for an implementation that these models do not have.
     """
 
     architecture: ClassVar[str]
@@ -31,6 +34,7 @@ class TwofoldPreTrainedModel(PreTrainedModel):
     base_model_prefix = "trunk"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _supports_sdpa = True
 
     def __init__(self, config: TwofoldConfig, *, backend: str = "auto", initial_seed: int | None = None) -> None:
         if config.architecture != self.architecture:
@@ -39,11 +43,26 @@ class TwofoldPreTrainedModel(PreTrainedModel):
                 f"set architecture={self.architecture!r}."
             )
         super().__init__(config)
-        self.backend = backend
+        self.backend = backend_of(config._attn_implementation) if backend == "auto" else backend
         if initial_seed is None:
             # The device is said because a model may be made under torch.device("meta"), where no number has a value.
             initial_seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         self._initial_seed = initial_seed
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:  # noqa: ARG002
+        """Transformers' name of how these models attend; ours where none was said. Raises TwofoldError for a name that they do not have."""
+        backend_of(requested_attention)
+        return NAME if requested_attention is None else requested_attention
+
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], allow_all_kernels: bool = False
+    ) -> None:
+        """Attend by "twofold", "sdpa" or "eager" from now on. Raises TwofoldError for another name, and changes nothing then."""
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
+        self.backend = backend_of(self.config._attn_implementation)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = self.backend
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -55,7 +55,7 @@ class TwofoldForImageClassification(TwofoldPreTrainedModel):
             raise TwofoldError("An image's class token stands first and must see all patches: set causal=False.")
         self.patches = PatchEmbedding(spec)
         self.embedding = InputEmbedding(spec)
-        self.trunk = Trunk(spec, backend)
+        self.trunk = Trunk(spec, self.backend)
         self.classifier = nn.Linear(spec.hidden_size, spec.num_labels)
         self.post_init()
 
