@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.kernels import reference, scaled_dot_product
+from twofold.kernels import folded, reference, scaled_dot_product
 from twofold.kernels.inputs import Inputs, Mask, Problem, Rotation
 
 __all__ = ["BACKENDS", "Choice", "Inputs", "Mask", "Problem", "Rotation", "attend", "check_name", "choose"]
@@ -27,7 +27,8 @@ class Backend:
 
 
 BACKENDS: Mapping[str, Backend] = {
-    module.NAME: Backend(attend=module.attend, supports=module.supports) for module in (scaled_dot_product, reference)
+    module.NAME: Backend(attend=module.attend, supports=module.supports)
+    for module in (scaled_dot_product, reference, folded)
 }
 
 
