@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -12,12 +14,15 @@ from transformers.utils import ModelOutput
 
 from twofold.attention import Attention
 from twofold.errors import TwofoldError
+from twofold.models import card
 from twofold.models.attention_interface import NAME, backend_of
 from twofold.models.configuration import TwofoldConfig
 from twofold.models.initialization import initialize
 
 # What Transformers may hand to any forward, and what is asked of these models nowhere else.
 COMMON_OPTIONS = ("return_dict", "output_hidden_states", "output_attentions")
+
+_DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class TwofoldPreTrainedModel(PreTrainedModel):
@@ -48,6 +53,7 @@ class TwofoldPreTrainedModel(PreTrainedModel):
             # The device is said because a model may be made under torch.device("meta"), where no number has a value.
             initial_seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         self._initial_seed = initial_seed
+        self._somebodys_card: bytes | None = None
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:  # noqa: ARG002
         """Transformers' name of how these models attend; ours where none was said. Raises TwofoldError for a name that they do not have."""
@@ -63,6 +69,37 @@ class TwofoldPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = self.backend
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *arguments: Any, **options: Any
+    ) -> None:
+        """As every Transformers model, and a card of what the tie costs beside the weights; a README.md of somebody's own stays as it is."""
+        folder = Path(save_directory)
+        self._somebodys_card = card.somebodys_card(folder)
+        try:
+            super().save_pretrained(save_directory, is_main_process, *arguments, **options)
+            if is_main_process and folder.is_dir():
+                if self._somebodys_card is not None:  # Transformers writes its own when it pushes
+                    (folder / card.FILE).write_bytes(self._somebodys_card)
+                else:
+                    self._place_card(folder)
+        finally:
+            self._somebodys_card = None
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *arguments: Any, **options: Any
+    ) -> Any:
+        # What is there now is the card that the repository has, or, where it has none, an empty one of Transformers'.
+        self._place_card(Path(working_dir), repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *arguments, **options)
+
+    def _place_card(self, folder: Path, name: str = ".") -> None:
+        """The card that the folder had, or a new one, unless there is one now that is somebody's own."""
+        if card.somebodys_card(folder) is None:
+            tags = [*(self.model_tags or []), *card.tags_of(folder)]
+            dtype = _DTYPES.get(self.dtype, "bf16")
+            made = card.card_text(self.config.spec, dtype=dtype, tags=tags, name=name)
+            (folder / card.FILE).write_bytes(self._somebodys_card or made.encode())
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
