@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -243,7 +245,7 @@ class Streams:
 
     max_tokens = 0
 
-    def remember(self, name: str, make: Callable[[], Any]) -> Any:
+    def remember(self, _: str, make: Callable[[], Any]) -> Any:
         return make()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,124 +87,6 @@ def test_the_comparison_can_fail():
         layer.streams = tuple(stream.clone().index_fill_(2, torch.tensor([0]), 0.0) for stream in layer.streams)
     with pytest.raises(AssertionError):
         assert_near(step(model, cache, tokens[:, 5:]), whole(model, tokens)[:, 5:])
-
-
-# Whatever is done to a cache, it is done to every stream
-
-
-class Story:
-    """A cache, and the tokens that it should hold."""
-
-    def __init__(self, spec: ModelSpec, *, records: bool) -> None:
-        self.model = drawn_model(spec, 5)
-        self.cache = TiedCache(spec)
-        self.tokens = drawn_tokens(2, 0)
-        self.generator = torch.Generator().manual_seed(7)
-        self.records = records
-        self.windows = [spec.attention(index).window_tokens or 10**9 for index in range(spec.num_hidden_layers)]
-        self.held = [0] * len(self.windows)
-        if records:
-            self.cache.activate_past_recording()
-
-    def append(self, count: int) -> None:
-        new = torch.randint(37, (len(self.tokens), count), generator=self.generator)
-        self.tokens = torch.cat((self.tokens, new), dim=1)
-        self.held = [
-            held + count if self.records else min(held + count, window)
-            for held, window in zip(self.held, self.windows, strict=True)
-        ]
-        assert_near(step(self.model, self.cache, new), whole(self.model, self.tokens)[:, -count:])
-
-    def crop(self, count: int) -> None:
-        """A window that has dropped what would be needed refuses, and then nothing has happened."""
-        kept = self.tokens.shape[1] - count
-        possible = kept >= 0 and all(
-            max(0, held - count) >= min(kept, window - 1) for held, window in zip(self.held, self.windows, strict=True)
-        )
-        before = [[stream.clone() for stream in streams] for streams in self.cache]
-        try:
-            self.cache.crop(torch.tensor(-count) if count % 2 else -count)
-        except TwofoldError:
-            assert not possible
-            for held, kept in zip(before, self.cache, strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
-        else:
-            assert possible
-            self.tokens = self.tokens[:, :kept]
-            self.held = [
-                min(max(0, held - count), window) for held, window in zip(self.held, self.windows, strict=True)
-            ]
-
-    def choose(self, count: int) -> None:
-        indices = torch.randint(len(self.tokens), (count,), generator=self.generator)
-        self.cache.batch_select_indices(indices)
-        self.tokens = self.tokens[indices]
-
-    def reorder(self, _: int) -> None:
-        indices = torch.randperm(len(self.tokens), generator=self.generator)
-        self.cache.reorder_cache(indices)
-        self.tokens = self.tokens[indices]
-
-    def repeat(self, count: int) -> None:
-        if len(self.tokens) < 5:
-            self.cache.batch_repeat_interleave(count)
-            self.tokens = self.tokens.repeat_interleave(count, dim=0)
-
-    def move(self, _: int) -> None:
-        for index in range(len(self.cache.layers)):
-            self.cache.offload(index, only_non_sliding=False)
-            self.cache.layers[index].prefetch()
-
-    def copy(self, _: int) -> None:
-        original, self.cache = self.cache, copy.deepcopy(self.cache)
-        original.reset()
-
-    def reset(self, _: int) -> None:
-        self.cache.reset()
-        self.tokens = self.tokens[:, :0]
-        self.held = [0] * len(self.windows)
-
-
-DEEDS = ["append", "append", "append", "crop", "crop", "choose", "reorder", "repeat", "move", "copy", "reset"]
-
-
-@given(decoders(), st.booleans(), st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(1, 4)), max_size=7))
-@settings(max_examples=150)
-def test_any_story_goes_on_as_full_recomputation(spec: ModelSpec, records: bool, deeds: list[tuple[str, int]]):
-    story = Story(spec, records=records)
-    story.append(3)
-    for deed, count in deeds:
-        getattr(story, deed)(count)
-        assert story.cache.get_seq_length() == story.tokens.shape[1]
-        if story.tokens.shape[1]:
-            assert story.cache.batch_size == len(story.tokens)
-    story.append(2)
-
-
-@pytest.mark.parametrize("windows", [(3, 0), (0, 3)])
-@pytest.mark.parametrize("records", [False, True])
-def test_a_window_goes_back_as_far_as_it_can(records: bool, windows: tuple[int, ...]):
-    """One token without a record of the past; with one, all that came since the last crop."""
-    story = Story(LLAMA.with_changes(window_tokens=windows), records=records)
-    story.append(8)
-    assert story.cache.is_croppable == records
-    story.crop(4)
-    assert story.tokens.shape[1] == (4 if records else 8)
-    story.crop(2)
-    assert story.tokens.shape[1] == (4 if records else 8)
-    story.crop(1)
-    assert story.tokens.shape[1] == (3 if records else 7)
-    story.append(5)
-
-
-def test_cropping_nothing_drops_what_the_window_no_longer_needs():
-    spec = LLAMA.with_changes(window_tokens=(3,))
-    story = Story(spec, records=True)
-    story.append(8)
-    assert story.cache.nbytes == cache_bytes(spec.with_changes(window_tokens=(0,)), 8, "fp64", batch=2)
-    story.cache.crop(0)
-    assert story.cache.nbytes == cache_bytes(spec, 8, "fp64", batch=2)
-    story.append(1)
 
 
 # Bytes

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from attention_strategies import POSITIONS
 from model_strategies import GPT2, LLAMA, decoders, drawn_model, drawn_tokens, recompute_layers
 from twofold.cache import TiedCache
+from twofold.cache_spec import CacheSpec
 from twofold.cost import cache_bytes
 from twofold.errors import TwofoldError
 from twofold.models import TwofoldForCausalLM
@@ -89,6 +90,52 @@ def test_the_cache_changes_nothing(name: str, way: str):
     with_cache = generated(model, tokens, **WAYS[way])
     assert torch.equal(with_cache, generated(model, tokens, use_cache=False, **WAYS[way]))
     assert with_cache.shape == (3 * WAYS[way].get("num_return_sequences", 1), 14)
+
+
+# Every way to hold a cache, with options that make it exact: a quantized one whose tail is never full holds what was computed.
+CACHES: dict[str, dict[str, Any]] = {
+    "static": {"cache_implementation": "static"},
+    "offloaded": {"cache_implementation": "offloaded"},
+    "offloaded_static": {"cache_implementation": "offloaded_static"},
+    "quantized": {"cache_implementation": "quantized", "cache_config": {"q_group_size": 8}},
+}
+
+
+@pytest.mark.parametrize("held", CACHES)
+@pytest.mark.parametrize("name", MODELS)
+def test_however_the_cache_is_held(name: str, held: str):
+    model, tokens = drawn_model(MODELS[name]), drawn_tokens(3, 7)
+    assert torch.equal(generated(model, tokens, **CACHES[held]), greedily(model, tokens))
+    mask = (torch.arange(7) >= torch.tensor([[0], [2], [5]])).long()
+    padded = generated(model, tokens, attention_mask=mask, **CACHES[held])
+    assert torch.equal(padded, generated(model, tokens, attention_mask=mask))
+    chunked = generated(model, tokens, attention_mask=mask, prefill_chunk_size=3, **CACHES[held])
+    assert torch.equal(padded, chunked)
+
+
+@pytest.mark.parametrize("held", CACHES)
+@pytest.mark.parametrize("way", ["beams", "several"])
+def test_batches_change_in_every_cache(held: str, way: str):
+    model, tokens = drawn_model(MODELS["windows"]), drawn_tokens(3, 5)
+    assert torch.equal(generated(model, tokens, **WAYS[way], **CACHES[held]), generated(model, tokens, **WAYS[way]))
+
+
+@pytest.mark.parametrize("name", ["llama", "windows", "stream", "shared", "gpt2"])
+@torch.no_grad()
+def test_few_bits_change_little(name: str):
+    """Greedy texts of 8-bit caches are mostly those of whole ones, and logits of one long pass are near."""
+    model, tokens = drawn_model(MODELS[name], std=0.2), drawn_tokens(2, 12)
+    spec = MODELS[name]
+    wanted = model(tokens, use_cache=False).logits[:, -1]
+    errors = {}
+    for bits in (8, 4):
+        cache = TiedCache(spec, CacheSpec(bits=bits, group_size=8))
+        model(tokens[:, :-1], cache=cache)
+        found = model(tokens[:, -1:], cache=cache).logits[:, -1]
+        errors[bits] = float((found - wanted).abs().max() / wanted.abs().max())
+        assert cache.nbytes == cache_bytes(spec, 12, "fp64", batch=2, cache=CacheSpec(bits=bits, group_size=8))
+    assert 0 < errors[8] < 0.01
+    assert errors[8] < errors[4] < 0.15
 
 
 @pytest.mark.parametrize("name", MODELS)

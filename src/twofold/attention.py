@@ -294,8 +294,8 @@ def _positions_of(hidden_states: Tensor, cache: StreamCache | None) -> Positions
 def _made_for(
     positions: Positions, make: Callable[..., Rotation | None], name: str, cache: StreamCache | None
 ) -> Rotation | None:
-    """Where positions are tensors, their rows of a table of all positions there will be; elsewhere, rows of a shared one."""
-    if cache is None or not (isinstance(positions, Tensor) or isinstance(cache.tokens_seen, Tensor)):
+    """The rows of a table of all positions there will be, where that is known: a compiled step has it as an input."""
+    if cache is None or not cache.max_tokens:
         return make(positions=positions)
     return rows(cache.remember(name, partial(make, positions=range(cache.max_tokens))), positions)
 

@@ -28,6 +28,7 @@ class StaticTiedLayer(StreamLayer):
         self.num_slots = min(max_tokens, window_tokens) if window_tokens else max_tokens
         self.streams: tuple[Tensor, ...] = ()
         self.tokens_seen: Tensor = torch.zeros((), dtype=torch.long)
+        self.tokens_written = self.tokens_seen.clone()  # more than were seen where some were taken back
         self.memo: dict[str, Any] = {}
 
     @property
@@ -49,11 +50,12 @@ class StaticTiedLayer(StreamLayer):
         self.device = streams[0].device
         # Copied first: a cache that is used twice must not write into what a caller may still hold.
         self.tokens_seen = self.tokens_seen.to(self.device)
+        self.tokens_written = self.tokens_written.to(self.device)
         self.streams = tuple(
             stream.new_zeros((*stream.shape[:-2], self.num_slots, stream.shape[-1])) for stream in streams
         )
         if not torch.compiler.is_compiling():
-            for tensor in (*self.streams, self.tokens_seen):
+            for tensor in (*self.streams, self.tokens_seen, self.tokens_written):
                 torch._dynamo.mark_static_address(tensor)
         self.is_initialized = True
 
@@ -84,6 +86,7 @@ class StaticTiedLayer(StreamLayer):
         for buffer, stream in zip(self.streams, streams, strict=True):
             buffer.index_copy_(2, slots, stream[..., num_tokens - kept :, :])
         self.tokens_seen.add_(num_tokens)
+        self.tokens_written.copy_(torch.maximum(self.tokens_written, self.tokens_seen))
         if not self.is_ring and self._may_look:
             # What is not filled need not be read.
             return tuple(buffer[..., : int(self.tokens_seen), :] for buffer in read)
@@ -106,8 +109,9 @@ class StaticTiedLayer(StreamLayer):
 
     @property
     def tokens_kept(self) -> int:
-        """How many of the last tokens are still held."""
-        return min(int(self.tokens_seen), self.num_slots)
+        """How many of the last tokens are still held: a ring's slots of tokens that were taken back held older ones before."""
+        seen = int(self.tokens_seen)
+        return min(seen, self.num_slots - (int(self.tokens_written) - seen)) if self.is_ring else seen
 
     @property
     def is_croppable(self) -> bool:
@@ -129,6 +133,7 @@ class StaticTiedLayer(StreamLayer):
     def reset(self) -> None:
         """Forget everything. The room is kept for a batch of the same shape."""
         self.tokens_seen.zero_()
+        self.tokens_written.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences ``beam_idx`` [B] of the batch, in place: a compiled step knows the buffers by their addresses."""
@@ -144,7 +149,8 @@ class StaticTiedLayer(StreamLayer):
 
     def state(self) -> dict[str, Tensor]:
         """See :meth:`StreamLayer.state`: of the room, what is filled."""
-        return named("stream", [buffer[..., : self.tokens_kept, :] for buffer in self.streams])
+        filled = min(int(self.tokens_written), self.num_slots)
+        return {**named("stream", [buffer[..., :filled, :] for buffer in self.streams]), "written": self.tokens_written}
 
     def load_state(self, tensors: Mapping[str, Tensor], tokens_seen: int) -> None:
         """See :meth:`StreamLayer.load_state`."""
@@ -154,3 +160,4 @@ class StaticTiedLayer(StreamLayer):
             for buffer, stream in zip(self.streams, streams, strict=True):
                 buffer[..., : stream.shape[-2], :] = stream
         self.tokens_seen.fill_(tokens_seen)
+        self.tokens_written.copy_(tensors["written"])

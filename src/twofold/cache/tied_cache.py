@@ -32,6 +32,7 @@ class TiedCache(DynamicCache):
         self.spec = spec
         self.attention_specs = tuple(spec.attention(index) for index in range(spec.num_hidden_layers))
         self.cache_specs = specs_of_layers(spec.num_hidden_layers, cache)
+        self.max_tokens = max((held.max_tokens for held in self.cache_specs), default=0)
         pairs = zip(self.attention_specs, self.cache_specs, strict=True)
         offloads = any(held.offload for held in self.cache_specs) and torch.accelerator.is_available()
         Cache.__init__(self, layers=[_layer(attention, held) for attention, held in pairs], offloading=offloads)
@@ -51,11 +52,6 @@ class TiedCache(DynamicCache):
         """Tokens so far; a tensor of its own where looking at the number would wait for the device."""
         seen = [layer.next_position for layer in self.layers]
         return next((number.clone() for number in seen if isinstance(number, Tensor)), seen[0])
-
-    @property
-    def max_tokens(self) -> int:
-        """The most tokens that there will ever be; 0: not known."""
-        return max((layer.get_max_length() for layer in self.layers), default=0)
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """:meth:`StreamLayer.crop` of every layer, or of none: where one refuses, the others still hold what they held."""
