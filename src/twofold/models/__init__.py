@@ -12,6 +12,11 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from twofold.models import attention_interface
 from twofold.models.causal_lm import TwofoldForCausalLM
@@ -43,6 +48,11 @@ def build_model(spec: ModelSpec, *, seed: int, backend: str = "auto") -> Twofold
 
 attention_interface.register()
 AutoConfig.register(TwofoldConfig.model_type, TwofoldConfig, exist_ok=True)
-AutoModelForCausalLM.register(TwofoldConfig, TwofoldForCausalLM, exist_ok=True)
-AutoModelForTokenClassification.register(TwofoldConfig, TwofoldForTokenClassification, exist_ok=True)
-AutoModelForImageClassification.register(TwofoldConfig, TwofoldForImageClassification, exist_ok=True)
+for _auto, _names, _model in (
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, TwofoldForCausalLM),
+    (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, TwofoldForTokenClassification),
+    (AutoModelForImageClassification, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, TwofoldForImageClassification),
+):
+    _auto.register(TwofoldConfig, _model, exist_ok=True)
+    # By these names Transformers tells what a model is for: its Trainer would smooth labels that it has not shifted, without a word.
+    _names.setdefault(TwofoldConfig.model_type, _model.__name__)
