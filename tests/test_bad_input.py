@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from small_study import STUDY
 from study_fixture import ask
 from twofold import presets, storage
-from twofold.cache import TiedCache
+from twofold.cache import TiedCache, load_cache
+from twofold.cache_spec import CacheSpec
 from twofold.cli import app
 from twofold.errors import TwofoldError
 from twofold.lock import FolderLock
@@ -195,6 +197,26 @@ def other_cache(place: Place) -> None:
     model().eval()(input_ids=text, cache=cache)
 
 
+def continued(
+    *, tokens: tuple[int, int] = (1, 1), dtype: torch.dtype = torch.float32, max_tokens: int = 0
+) -> Callable[[Place], object]:
+    """Three tokens in a cache, and then something that does not follow them."""
+
+    def go_on(_: Place) -> None:
+        lm = model().eval()
+        cache = TiedCache(lm.config.spec, CacheSpec(max_tokens=max_tokens))
+        lm(input_ids=torch.zeros(1, 3, dtype=torch.long), cache=cache)
+        lm.to(dtype)(input_ids=torch.zeros(tokens, dtype=torch.long), cache=cache)
+
+    return go_on
+
+
+def generated(_: Place, *, prompt: int = 4, positions: object = None, **options: object) -> None:
+    lm = model(**({} if positions is None else {"positions": positions})).eval()
+    text = torch.zeros(1, prompt, dtype=torch.long)
+    lm.generate(text, attention_mask=torch.ones_like(text), max_new_tokens=8, do_sample=False, **options)
+
+
 # what is wrong: (how it is told, what names the culprit, what names the remedy)
 CASES: dict[str, tuple[Told, str, str]] = {
     # Ties
@@ -231,7 +253,20 @@ CASES: dict[str, tuple[Told, str, str]] = {
     "shape: documents": (call(tokens(2, 3, document_ids=(3, 3))), "document_ids", "(2, 3)"),
     "shape: longer than the learned positions": (
         call(lambda place: model(positions={"kind": "learned", "length": 4})(input_ids=torch.zeros(1, 5, dtype=torch.long))), "5", "4"),
-    "shape: another model's cache": (call(other_cache), "cache", "one cache for one batch of one model"),
+    # Caches and generation
+    "cache: another model's": (call(other_cache), "num_attention_heads", "TiedCache(model.config.spec)"),
+    "cache: another batch's": (call(continued(tokens=(2, 1))), "(1, 2, 8)", "one cache for one batch"),
+    "cache: another dtype's": (call(continued(dtype=torch.float64)), "float32", "one cache for one model"),
+    "cache: more tokens than it has room for": (call(continued(tokens=(1, 4), max_tokens=6)), "6 tokens", "more room"),
+    "cache: bits that nobody has": (call(lambda place: generated(place, cache_implementation="quantized", cache_config={"nbits": 2})), "2 bits", "use 8 or 4"),
+    "cache: a quantizer of keys and values": (
+        call(lambda place: generated(place, cache_implementation="quantized", cache_config={"backend": "hqq"})), "'hqq'", "leave backend out"),
+    "cache: Transformers' own": (call(lambda place: model()(input_ids=torch.zeros(1, 3, dtype=torch.long), cache=DynamicCache())), "DynamicCache", "TiedCache"),
+    "cache: a file that is none": (call(lambda place: load_cache(place.model / "config.json", model().config.spec)), "config.json", "missing, truncated or damaged"),
+    "generate: an empty prompt": (call(lambda place: generated(place, prompt=0)), "(1, 0)", "one token at least"),
+    "generate: beyond the positions": (call(lambda place: generated(place, positions={"kind": "learned", "length": 4})), "5 tokens", "4 positions"),
+    "generate: room beyond the positions": (
+        call(lambda place: generated(place, positions={"kind": "learned", "length": 4}, cache_implementation="static")), "room for 11", "at most 4"),
     "shape: features": (
         call(lambda place: model(architecture="token_classification", vocab_size=0, feature_size=3, num_labels=2, causal=False)(features=torch.zeros(1, 2, 4))),
         "(1, 2, 4)", "3"),

@@ -29,8 +29,10 @@ class InputEmbedding(nn.Module):
         """[B, T] -> [B, T, C]. Raises TwofoldError for a shape or (on a CPU) a token that does not fit."""
         if self.tokens is None:
             raise TwofoldError("This model reads features and not tokens: call it with features=.")
-        if input_ids.ndim != 2:
-            raise TwofoldError(f"input_ids have the shape {tuple(input_ids.shape)}, but must be (batch, tokens).")
+        if input_ids.ndim != 2 or not input_ids.shape[1]:
+            raise TwofoldError(
+                f"input_ids have the shape {tuple(input_ids.shape)}, but must be (batch, tokens), with one token at least."
+            )
         try:
             return self.tokens(input_ids)
         except IndexError:
