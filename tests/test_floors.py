@@ -24,6 +24,7 @@ FLOORS = [
     ("attention", "layouts", "oracle", "rotations"),
     ("cache",),
     ("models",),
+    ("export",),
     ("tasks",),
     ("training",),
     ("study",),

@@ -114,6 +114,7 @@ _MODULES = (
     "cost",
     "errors",
     "explain",
+    "export",
     "kernels",
     "layouts",
     "models",

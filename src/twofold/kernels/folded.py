@@ -42,5 +42,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """[B, H, T, N] and [B, G, N, M] -> [B, H, T, M], each of the H by the G-th part that it belongs to."""
     batch, heads, rows, columns = left.shape
     groups = right.shape[1]
+    if heads == groups:
+        return left @ right
     folded = left.reshape(batch, groups, (heads // groups) * rows, columns)
     return (folded @ right).reshape(batch, heads, rows, right.shape[3])
