@@ -40,6 +40,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "triton", "numpy", "pandas", 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "data": ("datasets", "pillow", "pyarrow", "scikit-learn"),
     "tensorboard": ("tensorboard",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "docs": ("mkdocs", "mkdocs-material", "mkdocstrings"),
     "dev": ("hypothesis", "mypy", "playwright", "pytest", "ruff"),
 }
