@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from twofold._version import __version__
-from twofold.cli import doctor, evaluate, explain, study, train
+from twofold.cli import doctor, estimate, evaluate, explain, export, study, train
 from twofold.cli.commands import Commands
 from twofold.cli.examples import epilog
 from twofold.cli.study import overview, report, run
@@ -17,8 +17,10 @@ from twofold.cli.study import overview, report, run
 COMMANDS: Mapping[str, ModuleType] = MappingProxyType(
     {
         "explain": explain,
+        "estimate": estimate,
         "train": train,
         "eval": evaluate,
+        "export": export,
         "study run": run,
         "study report": report,
         "study list": overview,
