@@ -13,6 +13,7 @@ LISTS = {"length": 6, "train_size": 40, "held_out_size": 11}
 SMALL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("reverse", "sort", "sub", "swap", "copy"), LISTS),
     "recall": {"vocab_size": 40, "num_pairs": 3, "length": 14, "train_size": 40, "held_out_size": 11},
+    "mqar": {"vocab_size": 40, "num_pairs": 3, "length": 14, "train_size": 40, "held_out_size": 11},
     "digits": {"held_out_size": 11},
     "anomaly": {"train_size": 40, "held_out_size": 11, "set_size": 5},
     "text": {"context": 17, "max_bytes": 3_000, "held_out_bytes": 299},

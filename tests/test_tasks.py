@@ -43,9 +43,8 @@ def test_every_kind_is_in_the_registry_under_its_name_and_has_checked_options():
 
 
 def test_a_task_says_what_the_trainer_and_the_report_ask(task):
-    assert {task.loss_metric, task.score} <= task.scores(
-        dict.fromkeys(("loss", "correct", "count", "picked", "sets"), 1.0)
-    ).keys()
+    totals = totals_of(task, task.held_out_batches(4), uniform(task))
+    assert {task.loss_metric, task.score} <= task.scores(totals).keys()
     assert task.description.endswith(".")
     assert task.train_size > 0
     assert task.held_out_size > 0
@@ -187,7 +186,7 @@ def test_ignored_is_the_label_that_models_ignore():
     ("name", "options", "sentence"),
     [
         ("revers", {}, "no task 'revers' (did you mean 'reverse'?)"),
-        ("poetry", {}, "the tasks are reverse, sort, sub, swap, copy, recall, digits, images, anomaly, text"),
+        ("poetry", {}, "the tasks are reverse, sort, sub, swap, copy, recall, mqar, digits, images, anomaly, text"),
         ("sort", {"lenght": 8}, "The task sort has no option 'lenght' (did you mean 'length'?); its options are length, train_size"),
         ("sort", {"colour": 8}, "its options are length, train_size, held_out_size, data_seed"),
         ("sort", {"length": "8"}, "length is '8', but it must be a whole number"),

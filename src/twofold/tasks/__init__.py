@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from twofold.errors import TwofoldError
-from twofold.tasks import anomaly, digits, images, recall, synthetic, text
+from twofold.tasks import (
+    anomaly,
+    digits,
+    images,
+    recall,
+    synthetic,
+    text,
+)
 from twofold.tasks.options import Options, near_miss, read_options
 from twofold.tasks.task import IGNORED, Batch, Task, TaskKind
 
@@ -18,9 +25,16 @@ if TYPE_CHECKING:
 
 __all__ = ["IGNORED", "TASKS", "Batch", "Options", "Task", "TaskKind", "load_task"]
 
-TASKS: Mapping[str, TaskKind] = {
-    kind.name: kind for module in (synthetic, recall, digits, images, anomaly, text) for kind in module.KINDS
-}
+MODULES = (
+    synthetic,
+    recall,
+    digits,
+    images,
+    anomaly,
+    text,
+)
+
+TASKS: Mapping[str, TaskKind] = {kind.name: kind for module in MODULES for kind in module.KINDS}
 
 
 def load_task(spec: TaskSpec) -> Task:

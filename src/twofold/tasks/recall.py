@@ -3,14 +3,17 @@
     key value key value | . . key . key . .
                                value value      <- what must be predicted next
 
-The paper's strongest known failure of K=V is on recall by an encoder with several heads; this is the causal form.
-Source: MQAR of "Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv:2312.04927, section 4 and its
-published generator), whose smallest setting the defaults are.
+The paper's strongest known failure of K=V is on recall by an encoder with several heads; this is the causal form. There is one generator
+and two names for it: ``recall``, which leaves the model's positions free, and ``mqar``, the setting of the published figure, where
+positions are learned and nothing but queries stands behind the pairs.
+Source: MQAR of "Zoology: Measuring and Improving Recall in Efficient Language Models" (arXiv:2312.04927, section 4, its
+published generator, and the settings of its figure 2), whose smallest setting the defaults are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +57,16 @@ class RecallOptions(Options):
         self.require("vocab_size", self.vocab_size >= 2 * self.num_pairs + 2, f"at least {2 * self.num_pairs + 2}: a blank, and keys and values for {self.num_pairs} pairs")  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class MqarOptions(RecallOptions):
+    """Those of recall, as the published figure sets them: blanks between queries.
+
+    The figure's pairs of ``length`` and ``num_pairs`` are 64 and 4, 128 and 8, 256 and 16, 512 and 64.
+    """
+
+    random_fillers: bool = False
+
+
 class RecallTask(TableTask):
     """Keys are tokens 1 to V/2 - 1, values V/2 to V - 1. Only the values that are due are scored.
 
@@ -61,15 +74,15 @@ class RecallTask(TableTask):
     stands there.
     """
 
-    def __init__(self, options: RecallOptions) -> None:
+    def __init__(self, options: RecallOptions, name: str = "recall", **model_fields: Any) -> None:
         super().__init__(
-            name="recall",
+            name=name,
             train=_examples(options, "train", options.train_size),
             held_out=_examples(options, "held_out", options.held_out_size),
             description=f"Associative recall in MQAR's manner: {options.num_pairs} pairs in {options.length} of {options.vocab_size:,} tokens, "
             f"{options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,
-            model_fields={"architecture": "causal_lm", "vocab_size": options.vocab_size, "causal": True},
+            model_fields={"architecture": "causal_lm", "vocab_size": options.vocab_size, "causal": True} | model_fields,
         )
 
 
@@ -105,11 +118,21 @@ def _slots(draws: np.random.RandomState, options: RecallOptions, size: int, num_
     ]
 
 
+def _mqar(options: MqarOptions) -> RecallTask:
+    return RecallTask(options, "mqar", positions={"kind": "learned", "length": options.length})
+
+
 KINDS = (
     TaskKind(
         name="recall",
         summary="the value of a key that was seen before, by a causal model (MQAR)",
         options=RecallOptions,
         load=RecallTask,
+    ),
+    TaskKind(
+        name="mqar",
+        summary="recall in the setting of MQAR's published figure: learned positions, blanks between queries",
+        options=MqarOptions,
+        load=_mqar,
     ),
 )
