@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+PREFILL_TOKENS = 512
+"""Of a prompt, as many tokens at a time: a step gives logits for all of its tokens."""
+
 
 class Decoder:
     """The graph, and what it must be given again in the next step: one tensor per layer where K and V are one."""
@@ -61,7 +64,9 @@ def generate(decoder: Decoder, prompt: bytes, arguments: argparse.Namespace) -> 
     generator = np.random.default_rng(arguments.seed)
     tokens = list(prompt)
     for _ in range(arguments.tokens):
-        tokens = [choose(decoder.step(tokens), arguments.temperature, generator)]
+        for start in range(0, len(tokens), PREFILL_TOKENS):
+            logits = decoder.step(tokens[start : start + PREFILL_TOKENS])
+        tokens = [choose(logits, arguments.temperature, generator)]
         yield tokens[0]
 
 
@@ -80,12 +85,16 @@ def main() -> None:
     prompt = arguments.prompt.encode()
     if config["vocab_size"] != 256 or not prompt:
         parser.error("this example reads and writes bytes: it needs a model with a vocabulary of 256, and a prompt")
+    longest = json.loads((arguments.folder / "cache.json").read_text(encoding="utf-8"))["max_tokens"]
+    if len(prompt) + arguments.tokens > longest:
+        parser.error(f"this model was exported for texts of up to {longest} bytes, the prompt included")
     decoder = Decoder(arguments.folder, arguments.threads)
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")
     start = time.perf_counter()
     print(arguments.prompt, end="")
     for token in generate(decoder, prompt, arguments):
         print(text.decode(bytes([token])), end="", flush=True)
+    print(text.decode(b"", final=True), end="")
     seconds = time.perf_counter() - start
     print(f"\n\ntie           {config['tie']}")
     print(f"tokens/s      {arguments.tokens / seconds:.1f}")

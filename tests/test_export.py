@@ -22,7 +22,9 @@ from twofold.cli import app
 from twofold.cost import cache_bytes
 from twofold.errors import TwofoldError
 from twofold.export import OnnxDecoder, Sampling, export_onnx, onnx_file
+from twofold.export import decoder as onnx_decoder
 from twofold.models import TwofoldForCausalLM, build_model
+from twofold.positions import LearnedPositions
 from twofold.spec import LLAMA_BLOCK, ModelSpec
 
 ROOT = Path(__file__).parent.parent
@@ -218,6 +220,13 @@ def test_any_decoder_can_be_exported(tmp_path: Path, spec: ModelSpec):
 
 
 @pytest.mark.long
+def test_a_model_with_few_positions_can_be_exported(tmp_path: Path):
+    model = drawn_model(ONE_LAYER.with_changes(positions=LearnedPositions(length=5)), std=0.3)
+    assert export_onnx(model, tmp_path).max_tokens == 5
+    assert differs(model, decoder_of(tmp_path), 2, [3, 1, 1]) <= TOLERANCE
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("opset", [18, 21, 23])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_every_scheme_of_positions_in_every_operator_set(tmp_path: Path, positions: str, opset: int):
@@ -231,8 +240,12 @@ def test_every_scheme_of_positions_in_every_operator_set(tmp_path: Path, positio
 # Generation
 
 
+@pytest.mark.parametrize("prefill_tokens", [512, 4])
 @pytest.mark.parametrize("name", ["rotary", "shared"])
-def test_greedy_generation_is_transformers_own(folders: dict[str, Path], name: str):
+def test_greedy_generation_is_transformers_own(
+    folders: dict[str, Path], name: str, prefill_tokens: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(onnx_decoder, "PREFILL_TOKENS", prefill_tokens)
     tokens, mask = padded(3, 6)
     wanted = model_of(name).generate(tokens, attention_mask=mask, max_new_tokens=9, do_sample=False)
     found = decoder_of(folders[name]).generate(tokens.numpy(), mask.numpy(), max_new_tokens=9)
@@ -306,16 +319,18 @@ def test_the_command_tells_what_it_wrote(command: tuple[Path, dict]):
     assert told["cache_bytes_per_token"] * 2 * 5 == decoder.nbytes == cache_bytes(decoder.spec, 5, "fp16", 2)
 
 
-def test_the_example_generates_without_torch_or_twofold(command: tuple[Path, dict], tmp_path: Path):
-    folder = command[0] / "half"
+def example(folder: Path, tokens: int) -> subprocess.CompletedProcess[bytes]:
+    """The example run where torch and Twofold cannot be imported."""
+    script = str(ROOT / "examples" / "onnx_generate.py")
     hide = "import runpy, sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'twofold'])); "
-    run = (
-        f"sys.argv = sys.argv[1:]; runpy.run_path({str(ROOT / 'examples' / 'onnx_generate.py')!r}, run_name='__main__')"
-    )
-    arguments = [str(folder), "--prompt", "né", "--tokens", "20", "--threads", "1"]
-    done = subprocess.run(
-        [sys.executable, "-X", "utf8", "-c", hide + run, "generate", *arguments], capture_output=True, cwd=tmp_path
-    )
+    run = f"sys.argv = sys.argv[1:]; runpy.run_path({script!r}, run_name='__main__')"
+    arguments = [str(folder), "--prompt", "né", "--tokens", str(tokens), "--threads", "1"]
+    return subprocess.run([sys.executable, "-X", "utf8", "-c", hide + run, "generate", *arguments], capture_output=True)
+
+
+def test_the_example_generates_without_torch_or_twofold(command: tuple[Path, dict]):
+    folder = command[0] / "half"
+    done = example(folder, 20)
     assert done.returncode == 0, done.stderr.decode()
     decoder = decoder_of(folder)
     wanted = decoder.generate([list("né".encode())], max_new_tokens=20)[0]
@@ -326,6 +341,9 @@ def test_the_example_generates_without_torch_or_twofold(command: tuple[Path, dic
     assert float(told["tokens/s"]) > 0
     assert told["cache"] == f"{decoder.nbytes:,} for {decoder.tokens_seen} tokens"
     assert decoder.nbytes == cache_bytes(decoder.spec, decoder.tokens_seen, "fp16")
+    too_long = example(folder, 298)
+    assert (too_long.returncode, too_long.stdout) == (2, b"")
+    assert b"exported for texts of up to 300 bytes" in too_long.stderr
 
 
 # What is refused
@@ -351,6 +369,18 @@ def test_the_command_refuses_in_one_sentence(tmp_path: Path):
     assert "opset is 7, but must be from 18" in refused(model, target, "--opset", "7")
     assert "holds another model" in refused(model, model)
     assert not (tmp_path / "onnx").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path]
+):
+    monkeypatch.setattr(onnx_file, "_graph", lambda *_: onnx_ir.load(folders["one"] / "model.onnx"))
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(TwofoldError, match=r"file cannot be written to \(File exists\)"):
+        export_onnx(model_of("one"), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(TwofoldError, match="max_tokens is 0, but it counts"):
+        export_onnx(model_of("one"), tmp_path / "onnx", max_tokens=0)
 
 
 @pytest.mark.parametrize("library", ["onnx", "onnxscript", "onnxruntime"])

@@ -19,6 +19,8 @@ from twofold.export.sampling import Sampling
 from twofold.export.tensors import ATTENTION_MASK, INPUT_IDS, LOGITS, cached_tensors
 
 Ids = npt.NDArray[np.int64]
+PREFILL_TOKENS = 512
+"""Of a prompt, as many tokens at a time: a step gives logits for all of its tokens, and holds weights from each of them to all before it."""
 FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -138,8 +140,10 @@ class OnnxDecoder:
         generator, ended = sampling.generator(), np.zeros(len(tokens), dtype=bool)
         ends = np.atleast_1d([] if self.config.eos_token_id is None else self.config.eos_token_id)
         padding = self.config.pad_token_id if self.config.pad_token_id is not None else (ends[0] if ends.size else 0)
-        for step in range(count):
-            logits = self(tokens, mask if step == 0 else None)
+        for _ in range(count):
+            for start in range(0, tokens.shape[1], PREFILL_TOKENS):
+                part = tokens[:, start : start + PREFILL_TOKENS]
+                logits = self(part, None if self.tokens_seen >= mask.shape[1] else mask[:, : start + part.shape[1]])
             chosen = np.where(ended, padding, sampling.choose(logits[:, -1], generator)).astype(np.int64)
             yield chosen
             ended |= np.isin(chosen, ends)
