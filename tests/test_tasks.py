@@ -186,7 +186,7 @@ def test_ignored_is_the_label_that_models_ignore():
     ("name", "options", "sentence"),
     [
         ("revers", {}, "no task 'revers' (did you mean 'reverse'?)"),
-        ("poetry", {}, "the tasks are reverse, sort, sub, swap, copy, recall, mqar, digits, images, anomaly, text"),
+        ("poetry", {}, "the tasks are reverse, sort, sub, swap, copy, recall, mqar, mad-recall, mad-noisy-recall, "),
         ("sort", {"lenght": 8}, "The task sort has no option 'lenght' (did you mean 'length'?); its options are length, train_size"),
         ("sort", {"colour": 8}, "its options are length, train_size, held_out_size, data_seed"),
         ("sort", {"length": "8"}, "length is '8', but it must be a whole number"),

@@ -13,7 +13,9 @@ from twofold.tasks import (
     anomaly,
     digits,
     images,
+    mad,
     recall,
+    selective_copy,
     synthetic,
     text,
 )
@@ -28,6 +30,8 @@ __all__ = ["IGNORED", "TASKS", "Batch", "Options", "Task", "TaskKind", "load_tas
 MODULES = (
     synthetic,
     recall,
+    mad,
+    selective_copy,
     digits,
     images,
     anomaly,

@@ -1,0 +1,58 @@
+"""A small model learns something measurable of every task that separates architectures, on an easy setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from task_fixture import load
+from twofold.models import build_model
+from twofold.spec import ModelSpec
+from twofold.tasks import Task
+from twofold.training.evaluation import evaluate
+
+MODEL: dict[str, Any] = {
+    "tie": "(Q, K, V)",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 64,
+    "positions": {"kind": "rotary"},
+    "initializer_range": 0.1,
+}
+# Task -> options, steps, and the accuracy that is reached; a guesser's is at most half of it.
+EASY: dict[str, tuple[dict[str, Any], int, float]] = {
+    "mqar": ({"vocab_size": 10, "num_pairs": 2, "length": 8, "train_size": 4000}, 250, 0.9),
+    "mad-recall": ({"vocab_size": 8, "length": 16, "train_size": 2000, "train_on_all": False}, 250, 0.8),
+    "mad-noisy-recall": ({"vocab_size": 8, "noise_vocab_size": 2, "length": 16, "train_size": 2000, "train_on_all": False}, 250, 0.65),
+    "mad-fuzzy-recall": ({"vocab_size": 7, "key_tokens": 1, "value_tokens": 2, "length": 16, "train_size": 2000, "train_on_all": False}, 250, 0.65),
+    "mad-memorization": ({"vocab_size": 16, "length": 8, "train_size": 200}, 100, 0.9),
+    "mad-compression": ({"vocab_size": 4, "length": 5, "train_size": 81}, 200, 0.7),
+    "selective-copy": ({"vocab_size": 4, "length": 9, "num_tokens": 2, "train_size": 2000}, 200, 0.95),
+    "mad-selective-copying": ({"vocab_size": 4, "length": 9, "num_tokens": 2, "train_size": 2000}, 200, 0.95),
+}  # fmt: skip
+
+
+def learned(task: Task, steps: int) -> dict[str, float]:
+    model = build_model(ModelSpec.from_dict(MODEL | dict(task.model_fields)), seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        rows = torch.randint(0, task.train_size, (32,), generator=draws)
+        optimizer.zero_grad()
+        model(**task.train_batch(rows)).loss.backward()
+        optimizer.step()
+        schedule.step()
+    return evaluate(model, task, batch_size=100)
+
+
+@pytest.mark.parametrize("name", EASY)
+def test_a_small_model_learns_it(name):
+    options, steps, reached = EASY[name]
+    scores = learned(load(name, **{"held_out_size": 100} | options), steps)
+    assert scores["accuracy"] >= reached, scores
