@@ -210,8 +210,9 @@ def test_a_file_that_differs_from_the_model_is_not_written(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)  # each example is traced, which takes seconds
 @given(spec=decoders())
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_decoder_can_be_exported(tmp_path: Path, spec: ModelSpec):
     model = drawn_model(spec, std=0.3)
     export_onnx(model, tmp_path / "onnx", max_tokens=64)
