@@ -24,7 +24,7 @@ FLOORS = [
     ("attention", "layouts", "oracle", "rotations"),
     ("cache",),
     ("models",),
-    ("export",),
+    ("export", "generation"),
     ("tasks",),
     ("training",),
     ("study",),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from twofold._version import __version__
-from twofold.cli import doctor, estimate, evaluate, explain, export, study, train
+from twofold.cli import doctor, estimate, evaluate, explain, export, generate, study, train
 from twofold.cli.commands import Commands
 from twofold.cli.examples import epilog
 from twofold.cli.study import overview, report, run
@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, ModuleType] = MappingProxyType(
         "estimate": estimate,
         "train": train,
         "eval": evaluate,
+        "generate": generate,
         "export": export,
         "study run": run,
         "study report": report,
