@@ -35,6 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mad-compression": {"vocab_size": 5, "length": 6, "train_size": 40, "held_out_size": 11},
     "selective-copy": {"vocab_size": 7, "length": 19, "num_tokens": 3, "train_size": 40, "held_out_size": 11},
     "mad-selective-copying": {"vocab_size": 7, "length": 19, "num_tokens": 3, "train_size": 40, "held_out_size": 11},
+    "induction": {"vocab_size": 6, "length": 13, "num_triggers": 2, "train_size": 40, "held_out_size": 11},
     "digits": {"held_out_size": 11},
     "anomaly": {"train_size": 40, "held_out_size": 11, "set_size": 5},
     "text": {"context": 17, "max_bytes": 3_000, "held_out_bytes": 299},

@@ -126,6 +126,15 @@ def copied(row: list[int], blank: int) -> Answers:
     return {first + number: token for number, token in enumerate(said) if first + number < len(row)}
 
 
+def followed(row: list[int], trigger: int, length: int) -> Answers:
+    """Induction: at the last place but one, what followed the last trigger before."""
+    if len(row) < length - 1:
+        return {}
+    assert row[length - 2] == trigger
+    before = max(place for place in range(length - 2) if row[place] == trigger)
+    return {length - 2: row[before + 1]}
+
+
 SOLVERS: dict[str, Callable[[dict[str, Any]], Solver]] = {
     "mad-recall": lambda o: lambda row: known_pairs(row, o["vocab_size"] // 2, o["vocab_size"]),
     "mad-noisy-recall": lambda o: (
@@ -136,6 +145,7 @@ SOLVERS: dict[str, Callable[[dict[str, Any]], Solver]] = {
     "mad-fuzzy-recall": lambda o: lambda row: known_motifs(row, (o["vocab_size"] - 1) // 2, o["vocab_size"] - 1),
     "mad-selective-copying": lambda o: lambda row: copied(row, o["vocab_size"] - 2),
     "selective-copy": lambda o: lambda row: copied(row, o["vocab_size"] - 2),
+    "induction": lambda o: lambda row: followed(row, o["vocab_size"] - 1, o["length"]),
 }
 """Task -> its options -> solver. Memorization is solved by no reader: its values stand in no sequence."""
 
@@ -147,6 +157,7 @@ ANSWERS: dict[str, Callable[[dict[str, Any]], range]] = {
     "mad-fuzzy-recall": lambda o: range((o["vocab_size"] - 1) // 2, o["vocab_size"] - 1),
     "mad-selective-copying": lambda o: range(o["vocab_size"] - 2),
     "selective-copy": lambda o: range(o["vocab_size"] - 2),
+    "induction": lambda o: range(o["vocab_size"] - 1),
 }
 """Task -> its options -> what may be an answer."""
 

@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from task_fixture import load
+from task_fixture import SMALL, load
+from task_solvers import ANSWERS, SOLVERS, check_labels, guessed, scores, solved
+from twofold.errors import TwofoldError
 from twofold.tasks import IGNORED
 
+TRAINED_ON_ALL = ("mad-recall", "mad-noisy-recall", "mad-fuzzy-recall")
 PUBLISHED = [(64, 4), (128, 8), (256, 16), (512, 64)]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_every_label_is_what_a_reader_answers(name, seed):
+    changes = {"train_on_all": False} if name in TRAINED_ON_ALL else {}
+    options = SMALL[name] | changes
+    check_labels(load(name, data_seed=seed, **changes), SOLVERS[name](options))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_reader_is_right_a_late_one_is_not_and_a_guesser_is_at_chance(name):
+    options = SMALL[name]
+    task = load(name, held_out_size=300)
+    assert scores(task, solved(task, SOLVERS[name](options)))["accuracy"] == 1.0
+    assert scores(task, solved(task, SOLVERS[name](options), late=1))["accuracy"] < 0.6
+    answers = ANSWERS[name](options)
+    guesses = sum(task.count(batch) for batch in task.held_out_batches(300))
+    chance = 1 / len(answers)
+    assert abs(scores(task, guessed(task, answers))["accuracy"] - chance) < 5 * (chance / guesses) ** 0.5
+
+
+def test_the_check_of_labels_can_fail():
+    for wrong in (lambda row: {}, lambda row: dict.fromkeys(range(len(row) - 1), 9)):
+        with pytest.raises(AssertionError):
+            check_labels(load("mad-recall", train_on_all=False), wrong)
 
 
 # MQAR
@@ -36,3 +68,33 @@ def test_mqar_has_the_published_shapes(length, num_pairs):
         known = dict(zip(row[0 : 2 * num_pairs : 2], row[1 : 2 * num_pairs : 2], strict=True))
         for place in range(2 * num_pairs, length - 1):
             assert labels[place + 1] == known.get(row[place], IGNORED)
+
+
+# Induction
+
+
+def test_an_earlier_trigger_is_followed_by_another_token_and_triggers_stand_anywhere():
+    task = load("induction", train_size=4000, length=12)
+    tokens = task.train_batch(torch.arange(4000))["input_ids"]
+    assert ((tokens == 5).sum(dim=1) == 3).all()
+    first, last = ((tokens == 5).nonzero()[:, 1].view(4000, 3)[:, index] for index in (0, 1))
+    rows = torch.arange(4000)
+    assert (tokens[rows, first + 1] != tokens[:, -1]).all()
+    assert torch.equal(tokens[rows, last + 1], tokens[:, -1])
+    # Of eight slots two are drawn: the first trigger is in slot s with 7 - s of the 28 pairs.
+    shares = torch.bincount(first, minlength=7).double() / 4000
+    assert (shares[:7] - torch.arange(7.0, 0, -1) / 28).abs().max() < 0.04
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("induction", {"length": 5}, "length is 5, but it must be at least 6: 2 triggers and what follows each, and both again"),
+        ("induction", {"vocab_size": 2}, "vocab_size is 2, but it must be from 3"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_its_sentence(name, options, sentence):
+    with pytest.raises(TwofoldError) as caught:
+        load(name, **options)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)

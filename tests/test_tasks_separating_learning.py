@@ -34,6 +34,7 @@ EASY: dict[str, tuple[dict[str, Any], int, float]] = {
     "mad-compression": ({"vocab_size": 4, "length": 5, "train_size": 81}, 200, 0.7),
     "selective-copy": ({"vocab_size": 4, "length": 9, "num_tokens": 2, "train_size": 2000}, 200, 0.95),
     "mad-selective-copying": ({"vocab_size": 4, "length": 9, "num_tokens": 2, "train_size": 2000}, 200, 0.95),
+    "induction": ({"vocab_size": 5, "length": 10, "train_size": 4000}, 200, 0.8),
 }  # fmt: skip
 
 
