@@ -36,6 +36,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "selective-copy": {"vocab_size": 7, "length": 19, "num_tokens": 3, "train_size": 40, "held_out_size": 11},
     "mad-selective-copying": {"vocab_size": 7, "length": 19, "num_tokens": 3, "train_size": 40, "held_out_size": 11},
     "induction": {"vocab_size": 6, "length": 13, "num_triggers": 2, "train_size": 40, "held_out_size": 11},
+    "state-tracking": {"group": "S3", "length": 5, "train_size": 40, "held_out_size": 11},
     "digits": {"held_out_size": 11},
     "anomaly": {"train_size": 40, "held_out_size": 11, "set_size": 5},
     "text": {"context": 17, "max_bytes": 3_000, "held_out_bytes": 299},

@@ -5,6 +5,7 @@ A solver takes a row of tokens and gives, for each place, the answer due there (
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,6 +136,34 @@ def followed(row: list[int], trigger: int, length: int) -> Answers:
     return {length - 2: row[before + 1]}
 
 
+def elements(group: str) -> list[tuple[int, ...]]:
+    """Permutations in lexical order; even are those whose number of cycles leaves the same remainder as their length."""
+
+    def is_even(p: tuple[int, ...]) -> bool:
+        left, cycles = set(range(len(p))), 0
+        while left:
+            cycles += 1
+            place = min(left)
+            while place in left:
+                left.remove(place)
+                place = p[place]
+        return (len(p) - cycles) % 2 == 0
+
+    return [p for p in itertools.permutations(range(int(group[1:]))) if group[0] == "S" or is_even(p)]
+
+
+def tracked(row: list[int], group: str) -> Answers:
+    """State tracking: cards on a table, exchanged by one element after another; or a sum on a clock."""
+    if group[0] == "Z":
+        return {place: sum(row[: place + 1]) % int(group[1:]) for place in range(len(row))}
+    found = elements(group)
+    cards, answers = list(found[0]), {}
+    for place, token in enumerate(row):
+        cards = [cards[slot] for slot in found[token]]
+        answers[place] = found.index(tuple(cards))
+    return answers
+
+
 SOLVERS: dict[str, Callable[[dict[str, Any]], Solver]] = {
     "mad-recall": lambda o: lambda row: known_pairs(row, o["vocab_size"] // 2, o["vocab_size"]),
     "mad-noisy-recall": lambda o: (
@@ -146,6 +175,7 @@ SOLVERS: dict[str, Callable[[dict[str, Any]], Solver]] = {
     "mad-selective-copying": lambda o: lambda row: copied(row, o["vocab_size"] - 2),
     "selective-copy": lambda o: lambda row: copied(row, o["vocab_size"] - 2),
     "induction": lambda o: lambda row: followed(row, o["vocab_size"] - 1, o["length"]),
+    "state-tracking": lambda o: lambda row: tracked(row, o["group"]),
 }
 """Task -> its options -> solver. Memorization is solved by no reader: its values stand in no sequence."""
 
@@ -158,6 +188,7 @@ ANSWERS: dict[str, Callable[[dict[str, Any]], range]] = {
     "mad-selective-copying": lambda o: range(o["vocab_size"] - 2),
     "selective-copy": lambda o: range(o["vocab_size"] - 2),
     "induction": lambda o: range(o["vocab_size"] - 1),
+    "state-tracking": lambda o: range(6),
 }
 """Task -> its options -> what may be an answer."""
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from task_fixture import SMALL, load
-from task_solvers import ANSWERS, SOLVERS, check_labels, guessed, scores, solved
+from task_solvers import ANSWERS, SOLVERS, check_labels, elements, guessed, scores, solved, tracked
 from twofold.errors import TwofoldError
 from twofold.tasks import IGNORED
+from twofold.tasks.state_tracking import multiplication
 
 TRAINED_ON_ALL = ("mad-recall", "mad-noisy-recall", "mad-fuzzy-recall")
 PUBLISHED = [(64, 4), (128, 8), (256, 16), (512, 64)]
@@ -86,9 +87,63 @@ def test_an_earlier_trigger_is_followed_by_another_token_and_triggers_stand_anyw
     assert (shares[:7] - torch.arange(7.0, 0, -1) / 28).abs().max() < 0.04
 
 
+# State tracking
+
+
+@pytest.mark.parametrize("group", ["Z2", "Z7", "S2", "S3", "A3", "A4", "S4", "A5"])
+def test_a_group_is_a_group(group):
+    table = torch.from_numpy(multiplication(group))
+    order = len(table)
+    assert order == (int(group[1:]) if group[0] == "Z" else len(elements(group)))
+    assert torch.equal(table[0], torch.arange(order))
+    assert torch.equal(table[:, 0], torch.arange(order))
+    assert all(len(set(row)) == order for row in (*table.tolist(), *table.T.tolist()))
+    assert torch.equal(table[table], table[:, table])  # (x y) z = x (y z)
+    assert torch.equal(table, table.T) == (group[0] == "Z" or group in ("S2", "A3"))
+
+
+@pytest.mark.parametrize(("group", "length"), [("Z2", 7), ("Z5", 4), ("S4", 4), ("A5", 9), ("S5", 3)])
+def test_states_are_those_of_cards_that_are_exchanged(group, length):
+    task = load("state-tracking", group=group, length=length, train_size=80)
+    check_labels(task, lambda row: tracked(row, group))
+
+
+@given(seed=st.integers(0, 999))
+@settings(max_examples=20)
+def test_no_word_is_drawn_twice(seed):
+    task = load("state-tracking", group="Z2", length=6, data_seed=seed)
+    words = [
+        tuple(row)
+        for batch in (task.train_batch(torch.arange(40)), *task.held_out_batches(11))
+        for row in batch["input_ids"].tolist()
+    ]
+    assert len(words) == len(set(words)) == 51
+
+
+def test_words_are_scored_by_state_by_end_and_as_a_whole():
+    task = load("state-tracking", held_out_size=100)
+    solver = SOLVERS["state-tracking"](SMALL["state-tracking"])
+    perfect = scores(task, solved(task, solver))
+    assert [perfect[name] for name in ("accuracy", "accuracy_last", "accuracy_word")] == [1.0] * 3
+
+    def forgetful(row):
+        return {place: (answer if place < 4 or row[0] else (answer + 1) % 6) for place, answer in solver(row).items()}
+
+    found = scores(task, solved(task, forgetful))
+    wrong = sum(row[0] == 0 for row in next(task.held_out_batches(100))["input_ids"].tolist()) / 100
+    assert 0 < wrong < 1
+    assert found["accuracy_word"] == found["accuracy_last"] == pytest.approx(1 - wrong)
+    assert found["accuracy"] == pytest.approx(1 - wrong / 5)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
+        ("state-tracking", {"group": "A6"}, "group is 'A6', but it must be Z2 to Z255, S2 to S5, or A3 to A5"),
+        ("state-tracking", {"group": "Z1"}, "group is 'Z1', but it must be Z2 to Z255"),
+        ("state-tracking", {"group": "Z300"}, "group is 'Z300', but it must be Z2 to Z255"),
+        ("state-tracking", {"group": "z2"}, "group is 'z2', but it must be Z2 to Z255"),
+        ("state-tracking", {"group": "Z2"}, "length is 5, but it must be more: Z2 has 32 words of that length, and at least 63 are needed"),
         ("induction", {"length": 5}, "length is 5, but it must be at least 6: 2 triggers and what follows each, and both again"),
         ("induction", {"vocab_size": 2}, "vocab_size is 2, but it must be from 3"),
     ],

@@ -35,6 +35,7 @@ EASY: dict[str, tuple[dict[str, Any], int, float]] = {
     "selective-copy": ({"vocab_size": 4, "length": 9, "num_tokens": 2, "train_size": 2000}, 200, 0.95),
     "mad-selective-copying": ({"vocab_size": 4, "length": 9, "num_tokens": 2, "train_size": 2000}, 200, 0.95),
     "induction": ({"vocab_size": 5, "length": 10, "train_size": 4000}, 200, 0.8),
+    "state-tracking": ({"group": "Z3", "length": 4, "train_size": 50, "held_out_size": 14}, 200, 0.75),
 }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from twofold.tasks import (
     mad,
     recall,
     selective_copy,
+    state_tracking,
     synthetic,
     text,
 )
@@ -34,6 +35,7 @@ MODULES = (
     mad,
     selective_copy,
     induction,
+    state_tracking,
     digits,
     images,
     anomaly,
