@@ -164,6 +164,39 @@ def tracked(row: list[int], group: str) -> Answers:
     return answers
 
 
+def related(row: list[int], first_entity: int, lost: Callable[[int], bool] = lambda place: False) -> Answers:
+    """Relations: who was said to beat whom; where ``lost`` says so, with the direction of the question confused."""
+    facts, answers, place = [], {}, 0
+    while place + 2 < len(row):
+        first, second, third = row[place : place + 3]
+        if first >= first_entity:
+            facts.append((first, second, third))
+            place += 3
+        else:
+            is_whom = (second == 1) != lost(place)
+            for winner, relation, loser in facts:
+                if relation == first and (winner if is_whom else loser) == third:
+                    answers[place + 2] = loser if is_whom else winner
+            place += 4
+    return answers
+
+
+def walked(row: list[int], max_hops: int) -> Answers:
+    """Multi-hop look-up: step by step along the facts."""
+    steps, answers, place = {}, {}, 0
+    while place + 1 < len(row):
+        if row[place] > max_hops:
+            steps[row[place]] = row[place + 1]
+            place += 2
+        else:
+            name = row[place + 1]
+            for _ in range(row[place]):
+                name = steps[name]
+            answers[place + 1] = name
+            place += 3
+    return answers
+
+
 SOLVERS: dict[str, Callable[[dict[str, Any]], Solver]] = {
     "mad-recall": lambda o: lambda row: known_pairs(row, o["vocab_size"] // 2, o["vocab_size"]),
     "mad-noisy-recall": lambda o: (
@@ -176,6 +209,8 @@ SOLVERS: dict[str, Callable[[dict[str, Any]], Solver]] = {
     "selective-copy": lambda o: lambda row: copied(row, o["vocab_size"] - 2),
     "induction": lambda o: lambda row: followed(row, o["vocab_size"] - 1, o["length"]),
     "state-tracking": lambda o: lambda row: tracked(row, o["group"]),
+    "relations": lambda o: lambda row: related(row, 3 + o["vocab_relations"]),
+    "multihop": lambda o: lambda row: walked(row, o.get("max_hops", 3)),
 }
 """Task -> its options -> solver. Memorization is solved by no reader: its values stand in no sequence."""
 
@@ -189,6 +224,8 @@ ANSWERS: dict[str, Callable[[dict[str, Any]], range]] = {
     "selective-copy": lambda o: range(o["vocab_size"] - 2),
     "induction": lambda o: range(o["vocab_size"] - 1),
     "state-tracking": lambda o: range(6),
+    "relations": lambda o: range(3 + o["vocab_relations"], 3 + o["vocab_relations"] + o["vocab_entities"]),
+    "multihop": lambda o: range(4, 4 + o["vocab_entities"]),
 }
 """Task -> its options -> what may be an answer."""
 

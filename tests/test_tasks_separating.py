@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from task_fixture import SMALL, load
-from task_solvers import ANSWERS, SOLVERS, check_labels, elements, guessed, scores, solved, tracked
+from task_solvers import ANSWERS, SOLVERS, check_labels, elements, guessed, related, scores, solved, tracked, walked
 from twofold.errors import TwofoldError
 from twofold.tasks import IGNORED
+from twofold.tasks.facts import rings
 from twofold.tasks.state_tracking import multiplication
+from twofold.tasks.task import generator
 
 TRAINED_ON_ALL = ("mad-recall", "mad-noisy-recall", "mad-fuzzy-recall")
 PUBLISHED = [(64, 4), (128, 8), (256, 16), (512, 64)]
@@ -136,9 +140,84 @@ def test_words_are_scored_by_state_by_end_and_as_a_whole():
     assert found["accuracy"] == pytest.approx(1 - wrong / 5)
 
 
+# Relations
+
+
+def test_training_never_asks_about_the_second_half_of_relations_backwards():
+    task = load("relations", train_size=500, held_out_size=500)
+    for batch, expected in (
+        (task.train_batch(torch.arange(500)), {3, 4}),
+        (next(task.held_out_batches(500)), {3, 4, 5, 6}),
+    ):
+        tokens = batch["input_ids"]
+        rows, places = (tokens == 2).nonzero(as_tuple=True)
+        assert set(tokens[rows, places - 1].tolist()) == expected
+        rows, places = (tokens == 1).nonzero(as_tuple=True)
+        assert set(tokens[rows, places - 1].tolist()) == {3, 4, 5, 6}
+
+
+def test_every_name_beats_one_and_is_beaten_by_one_and_never_by_whom_it_beats():
+    task = load("relations", num_entities=3, num_relations=3, train_size=200)
+    for row in task.train_batch(torch.arange(200))["input_ids"].tolist():
+        facts = [tuple(row[place : place + 3]) for place in range(0, 27, 3)]
+        for relation in {relation for _, relation, _ in facts}:
+            beats = {winner: loser for winner, held, loser in facts if held == relation}
+            assert len(beats) == len(set(beats.values())) == 3
+            assert all(beats[beats[name]] != name != beats[name] for name in beats)
+
+
+def test_a_reader_without_direction_is_right_by_half_and_reversed_by_half():
+    task, first = load("relations", held_out_size=400), 7
+    perfect = scores(task, solved(task, lambda row: related(row, first)))
+    assert [perfect[f"accuracy_{kind}"] for kind in ("whom", "who", "unseen")] == [1.0] * 3
+    assert perfect["reversed"] == 0.0
+    confused = scores(
+        task, solved(task, lambda row: related(row, first, lambda place: (row[0] + row[1] + place // 4) % 2 == 0))
+    )
+    assert confused["accuracy"] == pytest.approx(0.5, abs=0.05)
+    assert confused["reversed"] == pytest.approx(1 - confused["accuracy"])
+    one_way = scores(task, solved(task, lambda row: related(row, first, lambda place: row[place + 1] == 2)))
+    assert (one_way["accuracy_whom"], one_way["accuracy_who"], one_way["accuracy_unseen"]) == (1.0, 0.0, 0.0)
+    assert one_way["reversed"] == pytest.approx(1 - one_way["accuracy"])
+
+
+# Multi-hop
+
+
+@pytest.mark.parametrize(("count", "rows"), [(2, 50), (3, 4000), (5, 4000)])
+def test_rings_are_rings_and_all_equally_likely(count, rows):
+    following = torch.from_numpy(rings(generator(0, "test"), rows, count))
+    place = torch.zeros(rows, 1, dtype=torch.long)
+    for step in range(1, count + 1):
+        place = following.gather(1, place)
+        assert ((place == 0) == (step == count)).all()
+    found, counts = following.unique(dim=0, return_counts=True)
+    assert len(found) == math.factorial(count - 1)
+    assert ((counts - rows / len(found)).abs() < 5 * (rows / len(found)) ** 0.5).all()
+
+
+def test_hops_are_scored_apart():
+    task = load("multihop", held_out_size=300, num_entities=6)
+
+    def one_step(row):
+        return walked([1 if 1 <= token <= 3 else token for token in row], 3)
+
+    found = scores(task, solved(task, one_step))
+    assert (found["accuracy_1"], found["accuracy_2"], found["accuracy_3"]) == (1.0, 0.0, 0.0)
+    assert found["accuracy"] == pytest.approx(1 / 3, abs=0.07)
+    single = load("multihop", max_hops=1)
+    assert set(scores(single, solved(single, lambda row: walked(row, 1)))) == {"loss", "accuracy", "accuracy_1"}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
+        ("relations", {"num_entities": 2}, "num_entities is 2, but it must be from 3 (in a ring of two, direction is lost) to 9"),
+        ("relations", {"num_questions": 9}, "num_questions is 9, but it must be at most 8"),
+        ("relations", {"num_relations": 5}, "num_relations is 5, but it must be from 1 to 4"),
+        ("relations", {"vocab_relations": 1}, "vocab_relations is 1, but it must be from 2 to 1000"),
+        ("multihop", {"max_hops": 5}, "max_hops is 5, but it must be from min_hops = 1 to 4: more steps lead around the ring"),
+        ("multihop", {"num_questions": 6}, "num_questions is 6, but it must be at most 5"),
         ("state-tracking", {"group": "A6"}, "group is 'A6', but it must be Z2 to Z255, S2 to S5, or A3 to A5"),
         ("state-tracking", {"group": "Z1"}, "group is 'Z1', but it must be Z2 to Z255"),
         ("state-tracking", {"group": "Z300"}, "group is 'Z300', but it must be Z2 to Z255"),

@@ -36,6 +36,8 @@ EASY: dict[str, tuple[dict[str, Any], int, float]] = {
     "mad-selective-copying": ({"vocab_size": 4, "length": 9, "num_tokens": 2, "train_size": 2000}, 200, 0.95),
     "induction": ({"vocab_size": 5, "length": 10, "train_size": 4000}, 200, 0.8),
     "state-tracking": ({"group": "Z3", "length": 4, "train_size": 50, "held_out_size": 14}, 200, 0.75),
+    "relations": ({"vocab_entities": 3, "vocab_relations": 2, "num_entities": 3, "num_relations": 1, "num_questions": 3, "train_size": 4000}, 250, 0.65),
+    "multihop": ({"vocab_entities": 3, "num_entities": 3, "num_questions": 3, "max_hops": 1, "train_size": 4000}, 150, 0.8),
 }  # fmt: skip
 
 
