@@ -11,21 +11,16 @@ fresh process per model: resident on a CPU, allocated on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from processes import output_of, peak_resident_bytes
+from rows import Row, ratio, row, show
 from twofold.layouts import convert
 from twofold.models import build_model
 from twofold.positions import LearnedPositions
@@ -161,14 +156,6 @@ def time_rounds(shape: dict[str, int], device: str, rounds: int) -> dict[str, li
     return seconds
 
 
-def peak_resident_bytes() -> int:
-    """The most memory that this process ever held. Linux carries ``ru_maxrss`` over from the parent process, so it is not used there."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def peak_bytes(name: str, shape: dict[str, int], device: str) -> int:
     """In this process, which must be fresh: bytes above those held before the first step."""
     step = step_of(name, shape, device)
@@ -182,36 +169,25 @@ def peak_bytes(name: str, shape: dict[str, int], device: str) -> int:
 
 def peaks(arguments: argparse.Namespace) -> dict[str, float]:
     """The median peak of fresh processes, less that of a process that has only imported everything."""
-    # With glibc's moving threshold, freed blocks stay with the process or not by chance: the same model's peak varied by a tenth.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     found, rounds = {}, min(3, arguments.rounds)
     for name in ("nothing", "plain", *TIES):
-        command = [sys.executable, __file__, "--peak", name, "--device", arguments.device, "--shape", arguments.shape]
-        runs = [
-            int(subprocess.run(command, capture_output=True, check=True, env=environment).stdout) for _ in range(rounds)
-        ]
-        found[name] = statistics.median(runs)
+        command = ["--peak", name, "--device", arguments.device, "--shape", arguments.shape]
+        found[name] = statistics.median(int(output_of(__file__, *command)) for _ in range(rounds))
     return {name: bytes_ - found["nothing"] for name, bytes_ in found.items() if name != "nothing"}
 
 
-def rows(shape: dict[str, int], arguments: argparse.Namespace) -> list[dict[str, object]]:
+def rows(shape: dict[str, int], arguments: argparse.Namespace) -> list[Row]:
     seconds = time_rounds(shape, arguments.device, arguments.rounds)
     memory = peaks(arguments)
     result = []
     pairs = (("ours (Q, K, V)", "plain", 1.03), ("ours (Q, K=V)", "ours (Q, K, V)", 1.0))
     for ours, other, goal in pairs:
-        ratio = statistics.median(a / b for a, b in zip(seconds[ours], seconds[other], strict=True))
-        result.append({"name": f"step time, {ours} / {other}", "value": ratio, "unit": "ratio", "goal": f"<= {goal}"})
-        ratio = memory[ours] / memory[other]
-        result.append({"name": f"peak memory, {ours} / {other}", "value": ratio, "unit": "ratio", "goal": f"<= {goal}"})
-    for row in result:
-        row["met"] = row["value"] <= float(row["goal"].removeprefix("<= "))
+        result.append(row(f"step time, {ours} / {other}", ratio(seconds[ours], seconds[other]), "ratio", f"<= {goal}"))
+        result.append(row(f"peak memory, {ours} / {other}", memory[ours] / memory[other], "ratio", f"<= {goal}"))
     tokens = shape["batch"] * shape["context"]
     for name, values in seconds.items():
-        speed = tokens / statistics.median(values)
-        result.append({"name": f"speed, {name}", "value": speed, "unit": "tokens/s", "goal": None, "met": None})
-        mib = memory[name] / 2**20
-        result.append({"name": f"peak memory, {name}", "value": mib, "unit": "MiB", "goal": None, "met": None})
+        result.append(row(f"speed, {name}", tokens / statistics.median(values), "tokens/s"))
+        result.append(row(f"peak memory, {name}", memory[name] / 2**20, "MiB"))
     return result
 
 
@@ -235,13 +211,7 @@ def main(given: list[str] | None = None) -> None:
         print(peak_bytes(arguments.peak, shape, arguments.device))
         return
     check_same_function(shape)
-    found = rows(shape, arguments)
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-        return
-    for row in found:
-        verdict = "" if row["met"] is None else f"{row['goal']:>9}  {'met' if row['met'] else 'NOT MET'}"
-        print(f"{row['name']:<50} {row['value']:>12,.3f} {row['unit']:<9} {verdict}")
+    show(rows(shape, arguments), as_json=arguments.json)
 
 
 if __name__ == "__main__":

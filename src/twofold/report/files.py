@@ -76,17 +76,27 @@ def report_json(summary: Summary, report_command: str) -> str:
 
 def frontier_svg(section: Section) -> str:
     """The central figure as a file of its own: a light card, which reads on any ground."""
-    figure = str(frontier(section, STATIC_WIDTH, STATIC_HEIGHT, static=True))
+    return card(frontier(section, STATIC_WIDTH, STATIC_HEIGHT, static=True))
+
+
+def card(figure: str, *, has_dark: bool = False) -> str:
+    """A figure as a file of its own, on a ground of its own; with ``has_dark`` a dark one where the reader prefers that."""
+    figure = str(figure)
     view_box = re.search(r'viewBox="0 0 (\S+) (\S+)"', figure)
     assert view_box
     width, height = (float(size) for size in view_box.groups())
     css = re.sub(r"light-dark\((#\w+), #\w+\)", r"\1", figure_style())
-    card = tag(
-        "rect", x=-MARGIN, y=-MARGIN, width=width + 2 * MARGIN, height=height + 2 * MARGIN, rx=10, fill="#ffffff"
-    )
+    if has_dark:
+        names = re.findall(r"(--[\w-]+): light-dark\(#\w+, (#\w+)\)", figure_style())
+        dark = " ".join(f"{name}: {colour};" for name, colour in names)
+        css += f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+    ground = tag(
+        "rect", x=-MARGIN, y=-MARGIN, width=width + 2 * MARGIN, height=height + 2 * MARGIN, rx=10,
+        fill="var(--ground)" if has_dark else "#ffffff",
+    )  # fmt: skip
     box = f'viewBox="{-MARGIN} {-MARGIN} {width + 2 * MARGIN:.0f} {height + 2 * MARGIN:.0f}"'
     opened = figure.replace(view_box.group(), box, 1).replace('role="group"', 'role="img"', 1)
-    return opened.replace(">", f"><style>{css}</style>{card}", 1) + "\n"
+    return opened.replace(">", f"><style>{css}</style>{ground}", 1) + "\n"
 
 
 def _section(section: Section) -> dict[str, Any]:
