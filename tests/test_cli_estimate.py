@@ -139,6 +139,7 @@ def test_mistakes_are_sentences(tmp_path: Path):
         ([tmp_path / "absent"], "There is no"),
         ([tmp_path / "empty"], "holds no config.json"),
         ([damaged], "cannot be read as the JSON"),
+        ([torn / "model.safetensors"], "cannot be read as the JSON"),
         ([other], "does not say its model_type"),
         ([unknown], "knows no model type 'llama9000'"),
         ([unfitting], "it describes no llama model"),

@@ -450,6 +450,7 @@ def test_mistakes_are_sentences(folder: Path, tmp_path: Path):
         ([copy("words", TINY.with_changes(vocab_size=67)), *prompt], "67 tokens are no bytes"),
         ([folder, "--prompt", f"@{tmp_path / 'nowhere'}"], "There is no file"),
         ([folder, "--prompt", f"@{tmp_path / 'latin'}"], "not UTF-8 text (byte 2)"),
+        ([folder, "--prompt", "na\udcefve"], "from the command line is not UTF-8 text (byte 2)"),
         ([folder, *prompt, "--greedy", "--top-k", 5], "--top-k has no effect"),
         ([folder, *prompt, "--bits", 4], "leave --bits out"),
         ([folder, *prompt, "--temperature", 0], "temperature is 0.0"),

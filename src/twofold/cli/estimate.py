@@ -118,7 +118,9 @@ def _config(path: Path) -> Mapping[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise TwofoldError(f"There is no model in {path}: it holds no config.json.")
-    values = read_json(file)
+    values = (
+        read_json(file) if file.suffix == ".json" else {}
+    )  # weights, if they are named, may be larger than the memory
     if not values:
         raise TwofoldError(f"{file} cannot be read as the JSON of a configuration: it is damaged, or something else.")
     if not isinstance(values.get("model_type"), str):
@@ -217,5 +219,6 @@ def _small_print(estimate: Estimate) -> Iterator[str]:
     if groups := sorted({holding.group_size for holding in estimate.holdings if holding.bits}):
         yield f"8 and 4 bits: with a scale and a zero point for each {' or '.join(map(str, groups))} floats."
     if question.memory:
-        yield f"Longest text of each of {question.batch:,}, and largest batch of {question.tokens:,} tokens each, in {bytes_text(question.memory)}."
+        each = f" of each of {question.batch:,}" if question.batch > 1 else ""
+        yield f"Longest text{each}, and largest batch of {question.tokens:,} tokens each, in {bytes_text(question.memory)}."
     yield "What is being computed comes on top."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -138,7 +139,7 @@ def _prompt(prompt: str) -> str:
                 f"There is no file {path} to take the prompt from: to begin a prompt with @, give it through standard input (-)."
             )
         return _decoded(path.read_bytes(), str(path))
-    return prompt
+    return _decoded(os.fsencode(prompt), "the command line")
 
 
 def _decoded(content: bytes, where: str) -> str:
