@@ -38,6 +38,7 @@ EASY: dict[str, tuple[dict[str, Any], int, float]] = {
     "state-tracking": ({"group": "Z3", "length": 4, "train_size": 50, "held_out_size": 14}, 200, 0.75),
     "relations": ({"vocab_entities": 3, "vocab_relations": 2, "num_entities": 3, "num_relations": 1, "num_questions": 3, "train_size": 4000}, 250, 0.65),
     "multihop": ({"vocab_entities": 3, "num_entities": 3, "num_questions": 3, "max_hops": 1, "train_size": 4000}, 150, 0.8),
+    "automata": ({"num_symbols": 8, "max_edges": 1, "min_states": 2, "max_states": 3, "min_strings": 5, "max_strings": 5, "max_length": 5, "train_size": 400}, 150, 0.5),
 }  # fmt: skip
 
 

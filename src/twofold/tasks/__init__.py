@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from twofold.errors import TwofoldError
 from twofold.tasks import (
     anomaly,
+    automata,
     digits,
     images,
     induction,
@@ -40,6 +41,7 @@ MODULES = (
     state_tracking,
     relations,
     multihop,
+    automata,
     digits,
     images,
     anomaly,
