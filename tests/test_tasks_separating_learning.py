@@ -39,6 +39,7 @@ EASY: dict[str, tuple[dict[str, Any], int, float]] = {
     "relations": ({"vocab_entities": 3, "vocab_relations": 2, "num_entities": 3, "num_relations": 1, "num_questions": 3, "train_size": 4000}, 250, 0.65),
     "multihop": ({"vocab_entities": 3, "num_entities": 3, "num_questions": 3, "max_hops": 1, "train_size": 4000}, 150, 0.8),
     "automata": ({"num_symbols": 8, "max_edges": 1, "min_states": 2, "max_states": 3, "min_strings": 5, "max_strings": 5, "max_length": 5, "train_size": 400}, 150, 0.5),
+    "capacity": ({"dimension": 8, "num_patterns": 2, "num_values": 2, "num_cues": 2, "noise": 0.0, "train_size": 1000}, 200, 0.8),
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from twofold.errors import TwofoldError
 from twofold.tasks import (
     anomaly,
     automata,
+    capacity,
     digits,
     images,
     induction,
@@ -42,6 +43,7 @@ MODULES = (
     relations,
     multihop,
     automata,
+    capacity,
     digits,
     images,
     anomaly,
