@@ -303,8 +303,8 @@ def test_every_built_in_study_holds_controls_at_equal_cache_and_at_equal_paramet
     assert equal_size
 
 
-def test_there_are_the_four_studies_that_were_promised():
-    assert plans.names() == ("capability", "laptop", "paper-synthetic", "rotary", "smoke")
+def test_there_are_the_studies_that_were_promised():
+    assert plans.names() == ("capability", "laptop", "paper-synthetic", "rotary", "rotary-late", "smoke")
 
 
 def test_laptop_holds_eight_ties_and_controls_of_every_kind():
