@@ -268,8 +268,8 @@ def test_more_tokens(tied: bool):
         ({"tokens": 2, "attention_mask": torch.ones(2, 4)}, r"attention_mask has the shape \(2, 4\).*\(2, 3\)"),
         ({"tokens": 2, "document_ids": torch.ones(2, 4)}, r"document_ids has the shape \(2, 4\).*\(2, 3\)"),
         ({"tokens": 2, "labels": torch.zeros(2, 4, dtype=torch.long)}, r"labels have the shape \(2, 4\).*\(2, 3\)"),
-        ({"tokens": 2, "output_attentions": True}, "No backend keeps the attention weights"),
-        ({"tokens": 2, "position_ids": torch.zeros(2, 3)}, "takes no argument 'position_ids'"),
+        ({"tokens": 2, "position_ids": torch.arange(1, 4)[None]}, "position_ids are not those"),
+        ({"tokens": 2, "token_type_ids": torch.zeros(2, 3)}, "takes no argument 'token_type_ids'"),
         ({"tokens": 101}, "101 tokens is too long: this model has learned 100"),
     ],
 )

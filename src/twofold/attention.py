@@ -105,11 +105,13 @@ class Attention(nn.Module):
         key_mask: Tensor | None = None,
         segments: Tensor | None = None,
         cache: StreamCache | None = None,
+        weights: list[Tensor] | None = None,
     ) -> Tensor:
         """[B, T, C] -> [B, T, C].
 
         ``key_mask`` [B, P] is False where a token is padding; ``segments`` [B, T] numbers the documents packed into a row. With a ``cache`` the T
-        tokens follow those that it has seen, and P counts those too (or all that it has room for). Raises TwofoldError for shapes that do not fit.
+        tokens follow those that it has seen, and P counts those too (or all that it has room for). A list ``weights`` is given the attention
+        weights [B, H, T, S], by the one backend that has them. Raises TwofoldError for shapes that do not fit.
         """
         spec = self.spec
         self._check(hidden_states, segments, cache)
@@ -137,6 +139,7 @@ class Attention(nn.Module):
                     positions=_unless_last(queries, keys, query.device),
                 ),
                 scale=spec.scale,
+                weights=weights,
             ),
             self.backend,
         )

@@ -52,7 +52,8 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
     check_name(backend)
     refused: dict[str, str] = {}
     for name in BACKENDS if backend == "auto" else (backend,):
-        if reason := BACKENDS[name].supports(problem):
+        keeps_weights = name == reference.NAME or not problem.needs_weights
+        if reason := BACKENDS[name].supports(problem) if keeps_weights else "it keeps no attention weights":
             refused[name] = reason
             continue
         why = "asked for" if backend != "auto" else f"the first of {', '.join(BACKENDS)} that serves this problem"

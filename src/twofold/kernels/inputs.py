@@ -106,6 +106,7 @@ class Problem:
     has_segments: bool = False
     has_bias: bool = False
     needs_gradient: bool = False
+    needs_weights: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ class Inputs:
 
     ``query`` [B, H, T, D + d_r]; ``key`` and ``value`` [B, G, S, D], the very same tensor where V is proportional to K, so that a backend can read
     it once; ``key_extension`` [B, 1, S, d_r], r; ``key_rotation``, R, turns keys (not the extension, not values) when they are read;
-    ``bias`` is broadcastable to [B, H, T, S].
+    ``bias`` is broadcastable to [B, H, T, S]. A list ``weights`` is given the softmax itself, [B, H, T, S].
     """
 
     query: Tensor
@@ -125,6 +126,7 @@ class Inputs:
     key_extension: Tensor | None = None
     key_rotation: Rotation | None = None
     bias: Tensor | None = None
+    weights: list[Tensor] | None = None
 
     @property
     def shares_value(self) -> bool:
@@ -152,4 +154,5 @@ class Inputs:
             has_segments=self.mask.segments is not None,
             has_bias=self.bias is not None,
             needs_gradient=torch.is_grad_enabled() and (self.query.requires_grad or self.key.requires_grad),
+            needs_weights=self.weights is not None,
         )

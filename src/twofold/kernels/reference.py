@@ -32,4 +32,6 @@ def attend(inputs: Inputs) -> Tensor:
     logits = logits.masked_fill(~allowed, -torch.inf)
     nothing = ~allowed.any(dim=-1, keepdim=True)
     weights = torch.softmax(logits.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
+    if inputs.weights is not None:
+        inputs.weights.append(weights)
     return weights @ value

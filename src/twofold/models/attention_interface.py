@@ -52,15 +52,19 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
+class ImplementationError(TwofoldError, ValueError):
+    """An ``attn_implementation`` that our models do not have; a ValueError, as Transformers raises for those that it does not know."""
+
+
 def backend_of(implementation: str | None) -> str:
     """The kernel that one of our models uses under Transformers' name; None, that nothing was said, is our own choice.
 
-    Raises TwofoldError for a name that is not in :data:`BACKENDS_BY_IMPLEMENTATION`.
+    Raises ImplementationError for a name that is not in :data:`BACKENDS_BY_IMPLEMENTATION`.
     """
     name = NAME if implementation is None else implementation
     if name not in BACKENDS_BY_IMPLEMENTATION:
-        raise TwofoldError(
-            f"A Twofold model has no attn_implementation {name!r}: use one of {', '.join(BACKENDS_BY_IMPLEMENTATION)}."
+        raise ImplementationError(
+            f'Specified `attn_implementation="{name}"` is not supported by Twofold models: use one of {", ".join(BACKENDS_BY_IMPLEMENTATION)}.'
         )
     return BACKENDS_BY_IMPLEMENTATION[name]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,11 +65,22 @@ class Block(GradientCheckpointingLayer):
         key_mask: Tensor | None = None,
         segments: Tensor | None = None,
         cache: LayerView | None = None,
+        weights: list[Tensor] | None = None,
     ) -> Tensor:
-        """[B, T, C] -> [B, T, C]; ``key_mask`` [B, P] covers the tokens before the T new ones too."""
-        attended = self.attention(self.attention_norm(hidden_states), key_mask=key_mask, segments=segments, cache=cache)
+        """[B, T, C] -> [B, T, C]; ``key_mask`` [B, P] covers the tokens before the T new ones too; ``weights`` is given those of attention."""
+        attended = self.attention(
+            self.attention_norm(hidden_states), key_mask=key_mask, segments=segments, cache=cache, weights=weights
+        )
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was asked to be kept on the way, layer by layer; None: not asked."""
+
+    hidden_states: list[Tensor] | None
+    attentions: list[Tensor] | None
 
 
 class Trunk(nn.Module):
@@ -85,13 +97,19 @@ class Trunk(nn.Module):
         sequence: Sequence,
         *,
         cache: Cache | None = None,
-        states: list[Tensor] | None = None,
+        record: Record | None = None,
     ) -> Tensor:
-        """[B, T, C] -> [B, T, C]. ``states`` is given the hidden states before each layer and those that are returned."""
+        """[B, T, C] -> [B, T, C]. ``record`` is given the hidden states before each layer and those that are returned, and attention's weights."""
+        states, attentions = (None, None) if record is None else (record.hidden_states, record.attentions)
         for index, layer in enumerate(self.layers):
             _record(states, hidden_states)
             view = None if cache is None else LayerView(cache, index)
-            hidden_states = layer(hidden_states, key_mask=sequence.key_mask, segments=sequence.segments, cache=view)
+            of_layer: list[Tensor] | None = None if attentions is None else []
+            hidden_states = layer(
+                hidden_states, key_mask=sequence.key_mask, segments=sequence.segments, cache=view, weights=of_layer
+            )
+            if attentions is not None and of_layer:  # computed again on the way back, a layer gives them twice
+                attentions.append(of_layer[0])
         hidden_states = self.norm(hidden_states)
         _record(states, hidden_states)
         return hidden_states

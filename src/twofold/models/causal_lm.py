@@ -20,7 +20,7 @@ from twofold.models.configuration import TwofoldConfig
 from twofold.models.embedding import InputEmbedding
 from twofold.models.loss import mean_cross_entropy
 from twofold.models.pretrained import TwofoldPreTrainedModel
-from twofold.models.sequence import Sequence
+from twofold.models.sequence import Sequence, documents_of
 
 CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """Transformers renames ``past_key_values`` to ``cache``; this is the name that the installed one uses itself."""
@@ -57,6 +57,8 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        inputs_embeds: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Tokens [B, T] -> logits [B, T, N] (with ``logits_to_keep`` n the last n of the T, or those of the indices given), and the loss.
@@ -65,36 +67,41 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
         tokens themselves, -100 where they are not to be scored; padding never is, nor is the step from one document to the next.
         ``document_ids`` [B, T] are equal within each of the documents packed into a row, which do not see one another. ``cache`` may be
         called ``past_key_values``; one is made with ``use_cache`` (in evaluation without labels: unless it is False).
-        Other ``options``: inputs_embeds, num_items_in_batch, output_hidden_states, return_dict.
+        Other ``options``: position_ids (of packed documents, in place of ``document_ids``), shift_labels (labels of the tokens that follow, in
+        place of ``labels``), num_items_in_batch, output_hidden_states, output_attentions, return_dict.
 
         Raises TwofoldError for shapes and tokens that do not fit, and for a cache that cannot hold this model.
         """
-        states = self._states(
-            options, known=("past_key_values", "inputs_embeds", "num_items_in_batch", "cache_position")
+        record = self._record(
+            options, known=("past_key_values", "position_ids", "shift_labels", "num_items_in_batch", "cache_position")
         )
         cache = options.get("past_key_values") if cache is None else cache
+        embedded = self._embedded(input_ids, inputs_embeds)
+        position_ids = self._positions(options.get("position_ids"), embedded)
+        if position_ids is not None and document_ids is None and attention_mask is None and cache is None:
+            document_ids, position_ids = documents_of(position_ids), None
         if document_ids is not None and (cache is not None or use_cache):
             raise TwofoldError("Packed documents are read at once: they cannot continue a cache, nor fill one.")
-        embedded = self._embedded(input_ids, options.get("inputs_embeds"))
         sequence = self._sequence(embedded, attention_mask, document_ids, cache)
+        if position_ids is not None:
+            sequence.check_positions(position_ids)
         if cache is None and self._makes_cache(use_cache, labels, document_ids):
             cache = TiedCache(self.config.spec)
         elif cache is not None and self._recomputes_layers():
             raise TwofoldError(
                 "Gradient checkpointing cannot continue a cache: call model.eval(), or leave the cache out."
             )
-        hidden_states = self.trunk(self.embedding(embedded, sequence), sequence, cache=cache, states=states)
-        loss = None
-        if labels is None:
+        hidden_states = self.trunk(self.embedding(embedded, sequence), sequence, cache=cache, record=record)
+        loss, following = None, options.get("shift_labels")
+        if labels is None and following is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
         else:
             logits = self.lm_head(hidden_states)
-            loss = mean_cross_entropy(
-                logits, self._next_labels(sequence, labels, logits), options.get("num_items_in_batch")
-            )
+            following = self._next_labels(sequence, labels, logits) if following is None else following
+            loss = mean_cross_entropy(logits, following, options.get("num_items_in_batch"))
         return self._output(
-            CausalLMOutputWithPast, options, loss=loss, logits=logits, states=states, **{CACHE_FIELD: cache}
+            CausalLMOutputWithPast, options, loss=loss, logits=logits, record=record, **{CACHE_FIELD: cache}
         )
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -103,6 +110,18 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
         if inputs_embeds is not None and input_ids is None:
             return self.embedding.check_hidden_states("inputs_embeds", inputs_embeds)
         raise TwofoldError("Give the model exactly one of input_ids and inputs_embeds.")
+
+    @staticmethod
+    def _positions(position_ids: Tensor | None, embedded: Tensor) -> Tensor | None:
+        """[B, T], also where it was given once for all rows."""
+        if position_ids is None:
+            return None
+        shape = tuple(embedded.shape[:2])
+        if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+            raise TwofoldError(
+                f"position_ids has the shape {tuple(position_ids.shape)}, but must be (batch, tokens) = {shape}."
+            )
+        return position_ids.expand(shape)
 
     def _sequence(
         self, embedded: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None, cache: Cache | None
@@ -131,7 +150,8 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
         return recomputes and self.training and torch.is_grad_enabled()
 
     @staticmethod
-    def _next_labels(sequence: Sequence, labels: Tensor, logits: Tensor) -> Tensor:
+    def _next_labels(sequence: Sequence, labels: Tensor | None, logits: Tensor) -> Tensor:
+        assert labels is not None
         if labels.shape != logits.shape[:-1]:
             raise TwofoldError(
                 f"labels have the shape {tuple(labels.shape)}, but must be like the tokens, {tuple(logits.shape[:-1])}."

@@ -42,15 +42,15 @@ class TwofoldForTokenClassification(TwofoldPreTrainedModel):
         ``attention_mask`` [B, T] is 0 where an element is padding: no other element sees it, and it is not scored; nor are labels of -100.
         Raises TwofoldError for shapes and tokens that do not fit.
         """
-        states = self._states(options, known=("num_items_in_batch",))
+        record = self._record(options, known=("num_items_in_batch",))
         embedded = self._embedded(input_ids, features)
         sequence = Sequence.of(embedded, attention_mask=attention_mask)
-        hidden_states = self.trunk(self.embedding(embedded, sequence), sequence, states=states)
+        hidden_states = self.trunk(self.embedding(embedded, sequence), sequence, record=record)
         logits = self.classifier(hidden_states)
         loss = None
         if labels is not None:
             loss = mean_cross_entropy(logits, sequence.token_labels(labels), options.get("num_items_in_batch"))
-        return self._output(TokenClassifierOutput, options, loss=loss, logits=logits, states=states)
+        return self._output(TokenClassifierOutput, options, loss=loss, logits=logits, record=record)
 
     def _embedded(self, input_ids: Tensor | None, features: Tensor | None) -> Tensor:
         if input_ids is not None and features is None:

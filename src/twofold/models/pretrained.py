@@ -16,6 +16,7 @@ from twofold.attention import Attention
 from twofold.errors import TwofoldError
 from twofold.models import card
 from twofold.models.attention_interface import NAME, backend_of
+from twofold.models.blocks import Record
 from twofold.models.configuration import TwofoldConfig
 from twofold.models.initialization import initialize
 
@@ -40,6 +41,7 @@ class TwofoldPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     _supports_sdpa = True
+    _can_compile_fullgraph = True
 
     def __init__(self, config: TwofoldConfig, *, backend: str = "auto", initial_seed: int | None = None) -> None:
         if config.architecture != self.architecture:
@@ -109,18 +111,19 @@ class TwofoldPreTrainedModel(PreTrainedModel):
 
     def _output(self, kind: type[ModelOutput], options: Mapping[str, Any], **fields: Any) -> Any:
         """The result in the form the caller asked for."""
-        states = fields.pop("states")
-        output = kind(**fields, hidden_states=tuple(states) if states is not None else None)
+        record: Record = fields.pop("record")
+        kept = {name: None if found is None else tuple(found) for name, found in vars(record).items()}
+        output = kind(**fields, **kept)
         return_dict = options.get("return_dict")
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _states(self, options: Mapping[str, Any], known: Collection[str] = ()) -> list[Tensor] | None:
-        """A list to collect hidden states in, if they are asked for. Raises TwofoldError for an option that would be ignored."""
+    def _record(self, options: Mapping[str, Any], known: Collection[str] = ()) -> Record:
+        """Where hidden states and attention weights are collected, if asked for. Raises TwofoldError for an option that would be ignored."""
         for name, value in options.items():
-            if value is None or value is False or name in known or name in ("return_dict", "output_hidden_states"):
-                continue
-            if name == "output_attentions":
-                raise TwofoldError("No backend keeps the attention weights: output_attentions cannot be had.")
-            raise TwofoldError(f"{type(self).__name__} takes no argument {name!r}.")
-        wanted = options.get("output_hidden_states")
-        return [] if (self.config.output_hidden_states if wanted is None else wanted) else None
+            if not (value is None or value is False or name in known or name in COMMON_OPTIONS):
+                raise TwofoldError(f"{type(self).__name__} takes no argument {name!r}.")
+        lists: list[list[Tensor] | None] = []
+        for name in ("output_hidden_states", "output_attentions"):
+            wanted = options.get(name)
+            lists.append([] if (getattr(self.config, name) if wanted is None else wanted) else None)
+        return Record(*lists)

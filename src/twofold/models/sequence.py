@@ -13,6 +13,11 @@ from twofold.errors import TwofoldError
 IGNORED = -100
 """The label of a token that is not scored, as in all of Transformers."""
 
+OTHER_POSITIONS = (
+    "position_ids are not those that a Twofold model counts itself, each document of a row from 0 and padding not at all: "
+    "leave them out, or say what is packed by document_ids and what is padding by attention_mask."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence:
@@ -87,6 +92,16 @@ class Sequence:
             counted = counted - (counted - text).masked_fill(~starts, 0).cummax(dim=1).values
         return self._own((counted - 1).clamp(min=0))
 
+    def check_positions(self, position_ids: Tensor) -> None:
+        """Raise TwofoldError for positions [B, T] or [1, T] of text that are not :meth:`position_ids`; nothing is looked at in a compiled graph."""
+        if torch.compiler.is_compiling():
+            return
+        differs = position_ids != self.position_ids()
+        if self.key_mask is not None:
+            differs = differs & self._own(self.key_mask)
+        if bool(differs.any()):
+            raise TwofoldError(OTHER_POSITIONS)
+
     def next_token_labels(self, labels: Tensor) -> Tensor:
         """Labels [B, T] of the tokens themselves -> labels of the tokens that follow, [B, T].
 
@@ -105,6 +120,20 @@ class Sequence:
     def token_labels(self, labels: Tensor) -> Tensor:
         """Labels [B, T] without those of padding."""
         return labels if self.key_mask is None else labels.masked_fill(~self._own(self.key_mask), IGNORED)
+
+
+def documents_of(position_ids: Tensor) -> Tensor | None:
+    """Numbers of the documents [B, T] packed into rows whose positions [B, T] begin again at 0 with each of them; None where no row has two.
+
+    This is how Transformers says what is packed. Raises TwofoldError for positions that do not count every document from 0.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if torch.compiler.is_compiling():  # where nothing can be looked at
+        return starts.cumsum(dim=1)
+    if bool((starts & (position_ids != 0)).any()):
+        raise TwofoldError(OTHER_POSITIONS)
+    return starts.cumsum(dim=1) if bool(starts[:, 1:].any()) else None
 
 
 def _check_shape(name: str, tensor: Tensor | None, wanted: tuple[int, int]) -> None:

@@ -64,13 +64,13 @@ class TwofoldForImageClassification(TwofoldPreTrainedModel):
 
         Raises TwofoldError for shapes that do not fit.
         """
-        states = self._states(options, known=("num_items_in_batch",))
+        record = self._record(options, known=("num_items_in_batch",))
         embedded = self.patches(pixel_values)
         sequence = Sequence.of(embedded, attention_mask=None)
-        hidden_states = self.trunk(self.embedding(embedded, sequence), sequence, states=states)
+        hidden_states = self.trunk(self.embedding(embedded, sequence), sequence, record=record)
         logits = self.classifier(hidden_states[:, 0])
         loss = None if labels is None else mean_cross_entropy(logits, labels, options.get("num_items_in_batch"))
-        return self._output(ImageClassifierOutput, options, loss=loss, logits=logits, states=states)
+        return self._output(ImageClassifierOutput, options, loss=loss, logits=logits, record=record)
 
     def get_input_embeddings(self) -> nn.Module:
         """The map of patches."""
