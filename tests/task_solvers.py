@@ -223,9 +223,9 @@ ANSWERS: dict[str, Callable[[dict[str, Any]], range]] = {
     "mad-selective-copying": lambda o: range(o["vocab_size"] - 2),
     "selective-copy": lambda o: range(o["vocab_size"] - 2),
     "induction": lambda o: range(o["vocab_size"] - 1),
-    "state-tracking": lambda o: range(6),
+    "state-tracking": lambda o: range(len(elements(o["group"]))),
     "relations": lambda o: range(3 + o["vocab_relations"], 3 + o["vocab_relations"] + o["vocab_entities"]),
-    "multihop": lambda o: range(4, 4 + o["vocab_entities"]),
+    "multihop": lambda o: range(1 + o.get("max_hops", 3), 1 + o.get("max_hops", 3) + o["vocab_entities"]),
 }
 """Task -> its options -> what may be an answer."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import math
+import re
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +16,29 @@ from hypothesis import strategies as st
 from task_fixture import SMALL, load
 from task_solvers import ANSWERS, SOLVERS, check_labels, elements, guessed, related, scores, solved, tracked, walked
 from twofold.errors import TwofoldError
-from twofold.tasks import IGNORED
+from twofold.spec import ModelSpec
+from twofold.tasks import (
+    IGNORED,
+    TASKS,
+    automata,
+    capacity,
+    induction,
+    load_task,
+    mad,
+    multihop,
+    recall,
+    relations,
+    selective_copy,
+    state_tracking,
+)
 from twofold.tasks.facts import rings
 from twofold.tasks.state_tracking import multiplication
 from twofold.tasks.task import generator
+from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.trainer import train
 
+PAGE = Path(__file__).parent.parent / "docs" / "tasks.md"
+SEPARATING = (recall, mad, selective_copy, induction, state_tracking, relations, multihop, automata, capacity)
 TRAINED_ON_ALL = ("mad-recall", "mad-noisy-recall", "mad-fuzzy-recall")
 PUBLISHED = [(64, 4), (128, 8), (256, 16), (512, 64)]
 
@@ -207,6 +229,59 @@ def test_hops_are_scored_apart():
     assert found["accuracy"] == pytest.approx(1 / 3, abs=0.07)
     single = load("multihop", max_hops=1)
     assert set(scores(single, solved(single, lambda row: walked(row, 1)))) == {"loss", "accuracy", "accuracy_1"}
+
+
+# All of them
+
+HASHES = {
+    "mqar": "afe171386ae820b7f07ea6553c5f991b5ca5d3eff9e6200921d6163f3be97cbf",
+    "mad-recall": "7bb8c0edf7728350350fd0b244f13b2cfe3233f1406cfe44106a6dfe49db0f2f",
+    "mad-noisy-recall": "0d56fe6d4411b5e81523304c28bcf03b5fa4a07452cfef4024b035bb2d194b86",
+    "mad-fuzzy-recall": "bcba38bfe40a7def7c807a026debaa1d5418206152c716c045e50bb201f74329",
+    "mad-memorization": "81b42c2d74d778b05ebee03c206232cfa52a0d8d3fd248ee34d7cebf877fc9cb",
+    "mad-compression": "ec12533452c35ee09e6b15159a58e89950187b2508413a8dee5f7090c175aeb2",
+    "selective-copy": "b6a87f96409b715650d3470e8080dbecac33936aa48a93e1d7fb8176f4f61bb4",
+    "mad-selective-copying": "161f335f84b0f560d4a03d1f90855bcb6349779020b55be6614175741b75df7b",
+    "induction": "412227709e8aeaa63915d501d2ecf315b568bcc09e6b81b39ac1e0c5b9572c5b",
+    "state-tracking": "5abb518081239fe3ed27a80cfcd91fd85d88a4d3450065adff2bd976eef34433",
+    "relations": "d4f877f40eb1ac825bd6efb242ab776aa9df897814b9d4d136e0384d1445a884",
+    "multihop": "c2f1e006f59eaff617f2e38fbba11ebc3f0aa8374ad2d32b09d61f5fcd7b3543",
+    "automata": "d7d206ceff86171d7d82bb11b2ca37e6fbfccbac3c5a191f1704f277dc60ecc7",
+    "capacity": "721102c5695e113625936a11fb7978112187b5486967f82731016621b8073f21",
+}
+
+
+def test_the_data_of_a_seed_are_the_same_for_ever():
+    assert {name: load(name).data_hash for name in HASHES} == HASHES
+
+
+def test_documented_examples_run():
+    for module in (capacity, state_tracking):
+        outcome = doctest.testmod(module)
+        assert outcome.attempted > 0
+        assert outcome.failed == 0
+
+
+def test_the_page_has_every_task_and_its_chance():
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| (?:about )?1/(\d+)[^|]*\|$", PAGE.read_text(), re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(kind.name for module in SEPARATING for kind in module.KINDS)
+    for name, parts in rows:
+        if name in ANSWERS:
+            assert len(ANSWERS[name](asdict(TASKS[name].options()))) == int(parts), name
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_the_trainer_takes_it(tmp_path, name):
+    spec = TaskSpec(name=name, options=SMALL[name])
+    task = load_task(spec)
+    model = {
+        "tie": "(Q, K=V)", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4,
+        "intermediate_size": 16,
+    } | dict(task.model_fields)  # fmt: skip
+    training = TrainingSpec(steps=2, batch_size=4, learning_rate=1e-3, accumulation_steps=2)
+    outcome = train(RunSpec(task=spec, model=ModelSpec.from_dict(model), training=training, seed=0), tmp_path)
+    assert outcome.data_hash == HASHES[name]
+    assert 0 <= outcome.scores["accuracy"] <= 1
 
 
 @pytest.mark.parametrize(
