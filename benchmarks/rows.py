@@ -39,6 +39,16 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
+def in_turn(names: Sequence[str], round_index: int) -> list[str]:
+    """All names, in each round from another one on, so that none is always the first after another.
+
+    >>> in_turn(["a", "b", "c"], 4)
+    ['b', 'c', 'a']
+    """
+    start = round_index % len(names)
+    return [*names[start:], *names[:start]]
+
+
 def show(rows: Sequence[Row], *, as_json: bool) -> None:
     """Print the rows, for programs or as a table."""
     if as_json:

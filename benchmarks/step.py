@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from processes import output_of, peak_resident_bytes
-from rows import Row, ratio, row, show
+from rows import Row, in_turn, ratio, row, show
 from twofold.layouts import convert
 from twofold.models import build_model
 from twofold.positions import LearnedPositions
@@ -147,9 +147,7 @@ def time_rounds(shape: dict[str, int], device: str, rounds: int) -> dict[str, li
     for step in steps.values():
         step(), step()
     for index in range(rounds):
-        # Another order in each round, so that no model is always the first after another.
-        names = list(steps)[index % len(steps) :] + list(steps)[: index % len(steps)]
-        for name in names:
+        for name in in_turn(list(steps), index):
             start = time.perf_counter()
             steps[name]()
             seconds[name].append(time.perf_counter() - start)
