@@ -32,6 +32,7 @@ POSITIONS: dict[str, PositionScheme] = {
     "stream": RotaryPositions(theta=100.0, rotate="stream"),
     "partial stream": RotaryPositions(theta=100.0, fraction=0.5, rotate="stream"),
     "shared": SharedRotaryPositions(dim=6, theta=100.0),
+    "gta": SharedRotaryPositions(dim=4, key_dim=4, theta=100.0),
     "bias": RelativeBiasPositions(num_buckets=8, max_distance=11),
 }
 
@@ -56,18 +57,32 @@ def ties() -> st.SearchStrategy[Tie]:
     return st.one_of(st.sampled_from(NAMED_TIES), random_ties())
 
 
+def serves(scheme: PositionScheme, tie: Tie) -> bool:
+    """Whether a tie can have these positions: some need one stream for K and V, and some a query of its own length."""
+    cuts_keys = scheme.compared_dims(8) < 8
+    return not (scheme.turns_stream or cuts_keys) or (
+        tie.value_over_key is not None and not (cuts_keys and tie.needs_equal_heads)
+    )
+
+
+def ties_for(scheme: PositionScheme) -> st.SearchStrategy[Tie]:
+    """Any tie that can have these positions."""
+    multiples = [Tie.parse(text) for text in ("(Q, K=V)", "V = -K", "2V = -3K")]
+    if scheme.compared_dims(8) < 8:
+        return st.sampled_from(multiples)
+    return ties().filter(lambda tie: serves(scheme, tie))
+
+
 @st.composite
 def specs(draw: st.DrawFn, *, causal: bool | None = None, positions: str | None = None) -> AttentionSpec:
-    tie = draw(ties())
+    scheme = POSITIONS[positions or draw(st.sampled_from(sorted(POSITIONS)))]
+    tie = draw(ties_for(scheme))
     is_causal = draw(st.booleans()) if causal is None else causal
     if not is_causal and draw(st.booleans()):
         with contextlib.suppress(TwofoldError):
             tie = replace(tie, plus=True)
     kv_heads = draw(st.sampled_from([1, 2, 3]))
     group = 1 if tie.needs_equal_heads else draw(st.sampled_from([1, 2, 3]))
-    scheme = POSITIONS[positions or draw(st.sampled_from(sorted(POSITIONS)))]
-    if scheme.turns_stream:
-        assume(tie.value_over_key is not None)
     return AttentionSpec(
         tie=tie,
         hidden_size=draw(st.sampled_from([5, 11])),

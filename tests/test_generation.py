@@ -163,6 +163,15 @@ def test_a_text_is_continued_from_its_cache(name: str):
     assert torch.equal(more, again)
 
 
+@pytest.mark.parametrize("held", [CacheSpec(max_tokens=20), CacheSpec(bits=8, group_size=8, tail_tokens=20)])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cache_made_by_hand_is_filled_and_continued(name: str, held: CacheSpec):
+    model, tokens, cache = drawn_model(MODELS[name]), drawn_tokens(2, 5), TiedCache(MODELS[name], held)
+    first = generated(model, tokens, 4, **{CACHE_FIELD: cache})
+    assert torch.equal(generated(model, first, 5, **{CACHE_FIELD: cache}), greedily(model, tokens))
+    assert int(cache.get_seq_length()) == 13
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("assistant", ["lookup", "model"])
 def test_candidates_are_kept_only_where_they_are_right(name: str, assistant: str):

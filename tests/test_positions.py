@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attention_strategies import POSITIONS
+from twofold.attention import Attention
+from twofold.cost import attention_parameters, cached_floats_per_layer
 from twofold.errors import TwofoldError
 from twofold.positions import (
     LearnedPositions,
@@ -17,6 +21,8 @@ from twofold.positions import (
     positions_from_dict,
     positions_to_dict,
 )
+from twofold.spec import AttentionSpec
+from twofold.tie import Tie
 
 
 @pytest.mark.parametrize("name", POSITIONS)
@@ -85,3 +91,43 @@ def test_buckets_are_transformers_own(causal: bool):
         places[None, :] - places[:, None], bidirectional=not causal, num_buckets=32, max_distance=128
     )
     assert torch.equal(found, wanted)
+
+
+def test_gta_is_a_shared_rotary_key_and_half_of_the_stream():
+    """K = [first half of t ; shared rotary key of D / 2] and V = t cache G·D + D / 2 floats (2505.21487), and scale by 1/√D."""
+    spec = AttentionSpec(
+        tie=Tie.parse("(Q, K=V)"),
+        hidden_size=32,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        causal=True,
+        positions=SharedRotaryPositions(dim=8, key_dim=8),
+    )
+    assert cached_floats_per_layer(spec) == 4 * 16 + 8
+    assert spec.scale == 16**-0.5
+    shapes = {name: tuple(weight.shape) for name, weight in Attention(spec).named_parameters()}
+    assert shapes["q_proj.weight"] == shapes["q_rotary_proj.weight"] == (8 * 8, 32)
+    assert shapes["k_proj.weight"] == (4 * 16, 32)
+    assert attention_parameters(spec) == sum(math.prod(shape) for shape in shapes.values())
+
+
+@pytest.mark.parametrize(
+    ("tie", "key_dim", "told"),
+    [
+        ("(Q, K, V)", 4, "key_dim leaves dimensions to the value alone"),
+        ("(Q=K=V)", 4, "ties Q with K or V, so their heads are of one length: drop key_dim"),
+        ("(Q, K=V)", 17, "key_dim is 17, but a head has 16 dimensions"),
+    ],
+)
+def test_what_a_cut_key_needs(tie: str, key_dim: int, told: str):
+    with pytest.raises(TwofoldError, match=told):
+        AttentionSpec(
+            tie=Tie.parse(tie),
+            hidden_size=8,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            causal=True,
+            positions=SharedRotaryPositions(dim=4, key_dim=key_dim),
+        )

@@ -73,14 +73,13 @@ class Attention(nn.Module):
         self.backend = backend
         width, bias, extension = spec.hidden_size, spec.use_bias, spec.positions.key_extension_dim
         for role in spec.tie.free_projections:
-            columns = spec.heads_of(role) * spec.head_dim
-            self.add_module(f"{role.lower()}_proj", nn.Linear(width, columns, bias=bias))
+            self.add_module(f"{role.lower()}_proj", nn.Linear(width, spec.columns_of(role), bias=bias))
         if extension:
             self.q_rotary_proj = nn.Linear(width, spec.num_attention_heads * extension, bias=bias)
             self.k_rotary_proj = nn.Linear(width, extension, bias=bias)
         self.o_proj = nn.Linear(spec.num_attention_heads * spec.head_dim, width, bias=bias)
         if spec.qk_norm:
-            self.q_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps)
+            self.q_norm = nn.RMSNorm(spec.query_dim, eps=spec.norm_eps)
             self.k_norm = nn.RMSNorm(spec.head_dim, eps=spec.norm_eps)
         if spec.positions.num_bias_buckets:
             shape = (spec.positions.num_bias_buckets, spec.num_attention_heads)
@@ -170,12 +169,12 @@ class Attention(nn.Module):
 
     def _roles(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Q [B, H, T, D], K and V [B, G, T, D]; no V where it is a multiple of K, and one tensor for roles that are equal."""
-        tie, head_dim = self.spec.tie, self.spec.head_dim
+        tie = self.spec.tie
         free = {role: self.get_submodule(f"{role.lower()}_proj")(hidden_states) for role in tie.free_projections}
         made = {}
         for role in ROLES if tie.value_over_key is None else ROLES[:2]:
             terms = [(float(c), free[name]) for c, name in zip(tie.row(role), tie.free_projections, strict=True) if c]
-            made[role] = _heads(_combination(terms), head_dim)
+            made[role] = _heads(_combination(terms), self.spec.query_dim if role == "Q" else self.spec.head_dim)
         return made["Q"], made["K"], made.get("V")
 
     def _read(
@@ -188,6 +187,8 @@ class Attention(nn.Module):
         if positions.turns_stream:
             return stream, stream, None
         key = self.k_norm(stream) if self.spec.qk_norm else stream
+        if self.spec.query_dim < self.spec.head_dim:
+            key = key[..., : self.spec.query_dim]
         return key, stream, self._rotation(keys, stream, cache)
 
     def _finish(self, output: Tensor, queries: Positions, cache: StreamCache | None) -> Tensor:
@@ -260,14 +261,16 @@ def problem_of(spec: AttentionSpec, *, device: str, dtype: str, num_queries: int
         dtype=dtype,
         num_attention_heads=spec.num_attention_heads,
         num_key_value_heads=spec.num_key_value_heads,
-        head_dim=spec.head_dim,
+        head_dim=spec.query_dim,
         num_queries=num_queries,
         num_keys=num_keys,
         causal=spec.causal,
         key_extension_dim=spec.positions.key_extension_dim,
         rotated_dims=2 * turned[0].shape[-1] if turned is not None and turns_on_reading else 0,
         window_tokens=spec.window_tokens,
-        shares_value=shares_stream and not (spec.qk_norm and not spec.positions.turns_stream),
+        shares_value=shares_stream
+        and spec.query_dim == spec.head_dim
+        and not (spec.qk_norm and not spec.positions.turns_stream),
         has_bias=bool(spec.positions.num_bias_buckets) or spec.tie.plus,
     )
 

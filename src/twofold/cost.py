@@ -42,7 +42,7 @@ def attention_parameters(spec: AttentionSpec) -> int:
 def _attention_matrices(spec: AttentionSpec) -> list[tuple[int, int]]:
     """(inputs, outputs) of every linear map of the layer."""
     width, extension = spec.hidden_size, spec.positions.key_extension_dim
-    matrices = [(width, spec.heads_of(role) * spec.head_dim) for role in spec.tie.free_projections]
+    matrices = [(width, spec.columns_of(role)) for role in spec.tie.free_projections]
     if extension:
         matrices += [(width, spec.num_attention_heads * extension), (width, extension)]
     return [*matrices, (spec.num_attention_heads * spec.head_dim, width)]
@@ -50,7 +50,7 @@ def _attention_matrices(spec: AttentionSpec) -> list[tuple[int, int]]:
 
 def _attention_vectors(spec: AttentionSpec) -> int:
     """Learned numbers of the layer that are not part of a linear map."""
-    numbers = 2 * spec.head_dim if spec.qk_norm else 0
+    numbers = spec.query_dim + spec.head_dim if spec.qk_norm else 0
     if spec.tie.plus:
         numbers += spec.plus_channels + 1
     return numbers + spec.positions.num_bias_buckets * spec.num_attention_heads
@@ -206,7 +206,10 @@ def _outer_weights_per_token(spec: ModelSpec, context: int) -> float:
 def _attention_flops(spec: ModelSpec, keys: Callable[[AttentionSpec], float]) -> float:
     """Products of queries with keys and of weights with values, forward, per token."""
     return sum(
-        2.0 * layer.num_attention_heads * (2 * layer.head_dim + layer.positions.key_extension_dim) * keys(layer)
+        2.0
+        * layer.num_attention_heads
+        * (layer.query_dim + layer.head_dim + layer.positions.key_extension_dim)
+        * keys(layer)
         for layer in _layers(spec)
     )
 

@@ -64,7 +64,7 @@ def _roles_from(
     weights: dict[str, Tensor], spec: AttentionSpec, source: Layout, prefix: str, kind: str
 ) -> dict[str, Tensor]:
     """Q, K and V out of ``weights``, from which they are taken away."""
-    rows = {role: spec.heads_of(role) * spec.head_dim for role in ROLES}
+    rows = {role: spec.columns_of(role) for role in ROLES}
     if source == "fused":
         fused = _take(weights, f"{prefix}{FUSED}.{kind}", sum(rows.values()), spec, kind)
         return dict(zip(ROLES, fused.split(list(rows.values())), strict=True))

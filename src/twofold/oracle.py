@@ -55,14 +55,17 @@ def _head(spec: AttentionSpec, weights: Mapping[str, Tensor], states: Tensor, he
     if isinstance(positions, RotaryPositions):
         query, key = _turned(positions, query, 1), _turned(positions, key, 1)
         value = _turned(positions, value, 1) if turned_stream else value
-    logits = query @ key.T
+    compared = (
+        positions.key_dim if isinstance(positions, SharedRotaryPositions) and positions.key_dim else spec.head_dim
+    )
+    logits = query @ key[:, :compared].T
     if isinstance(positions, SharedRotaryPositions):
         extension = slice(head * positions.dim, (head + 1) * positions.dim)
         whole = RotaryPositions(theta=positions.theta)
         shared_query = _turned(whole, _linear(weights, "q_rotary_proj", states)[:, extension], 1)
         shared_key = _turned(whole, _linear(weights, "k_rotary_proj", states), 1)
         logits = logits + shared_query @ shared_key.T
-    logits = logits / math.sqrt(spec.head_dim + positions.key_extension_dim)
+    logits = logits / math.sqrt(compared + positions.key_extension_dim)
     if isinstance(positions, RelativeBiasPositions):
         logits = logits + _relative_bias(positions, weights["relative_bias"][:, head], len(states), causal=spec.causal)
     if spec.tie.plus:
@@ -74,8 +77,9 @@ def _head(spec: AttentionSpec, weights: Mapping[str, Tensor], states: Tensor, he
 
 def _role(spec: AttentionSpec, weights: Mapping[str, Tensor], states: Tensor, role: str, head: int) -> Tensor:
     """A role of one head, [T, D]: its row of M times the free projections."""
-    columns = slice(head * spec.head_dim, (head + 1) * spec.head_dim)
-    total = states.new_zeros(len(states), spec.head_dim)
+    dim = spec.query_dim if role == "Q" else spec.head_dim
+    columns = slice(head * dim, (head + 1) * dim)
+    total = states.new_zeros(len(states), dim)
     for coefficient, name in zip(spec.tie.row(role), spec.tie.free_projections, strict=True):
         if coefficient:
             total = total + float(coefficient) * _linear(weights, f"{name.lower()}_proj", states)[:, columns]

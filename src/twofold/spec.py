@@ -28,7 +28,7 @@ LLAMA_BLOCK: Mapping[str, Any] = {"norm": "rmsnorm", "activation": "silu", "gate
 class AttentionSpec:
     """One attention layer: tie × heads × positions × normalisation × mask.
 
-    Logits are scaled by 1/√(head_dim + positions.key_extension_dim). ``window_tokens`` counts the keys a query may see,
+    Logits are scaled by 1/√(query_dim + positions.key_extension_dim). ``window_tokens`` counts the keys a query may see,
     itself included; 0 means all of them. ``plus_channels`` is the number m of channels of the paper's 2-D positions,
     used where ``tie.plus`` is set.
     """
@@ -60,11 +60,22 @@ class AttentionSpec:
                 f"plus_channels is {self.plus_channels}, but 2-D positions need an even number, half for each side."
             )
         self.positions.check(head_dim=self.head_dim, value_over_key=self.tie.value_over_key)
+        if self.query_dim < self.head_dim and self.tie.needs_equal_heads:
+            raise TwofoldError(f"{self.tie} ties Q with K or V, so their heads are of one length: drop key_dim.")
 
     @property
     def scale(self) -> float:
         """1/√d of the logits, d being the length of a whole key."""
-        return 1.0 / math.sqrt(self.head_dim + self.positions.key_extension_dim)
+        return 1.0 / math.sqrt(self.query_dim + self.positions.key_extension_dim)
+
+    @property
+    def query_dim(self) -> int:
+        """Dimensions in which a head's query is compared with the tied key: ``head_dim``, unless the positions say fewer."""
+        return self.positions.compared_dims(self.head_dim)
+
+    def columns_of(self, role: str) -> int:
+        """Outputs of the free projection called ``role``, over all of its heads."""
+        return self.heads_of(role) * (self.query_dim if role == "Q" else self.head_dim)
 
     def heads_of(self, role: str) -> int:
         """Heads of the free projection called ``role``: query heads for Q, KV heads for K and V."""

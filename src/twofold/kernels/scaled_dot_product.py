@@ -19,8 +19,9 @@ def supports(problem: Problem) -> str:
 
 def attend(inputs: Inputs) -> Tensor:
     """[B, H, T, D]."""
-    query, head_dim = inputs.query, inputs.value.shape[-1]
+    head_dim = inputs.value.shape[-1]
     key, value = _key_and_value(inputs)
+    query, _ = _of_one_length(inputs.query, key)
     num_queries, num_keys = query.shape[2], key.shape[2]
     if inputs.bias is None and inputs.mask.is_plain(num_queries, num_keys):
         if num_queries == 1 or not inputs.mask.causal:
@@ -47,7 +48,14 @@ def _key_and_value(inputs: Inputs) -> tuple[Tensor, Tensor]:
     if key is value:
         # One tensor still: the extension is read as a value too, and what it gives is cut off.
         return extended, extended
-    return extended, F.pad(value, (0, extension.shape[-1]))
+    return _of_one_length(extended, value)
+
+
+def _of_one_length(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [..., D] with zeros up to the longer D: they change no product and no sum that is read."""
+    dim = max(a.shape[-1], b.shape[-1])
+    first, second = (x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1])) for x in (a, b))
+    return first, second
 
 
 def _added(allowed: Tensor, inputs: Inputs) -> Tensor:

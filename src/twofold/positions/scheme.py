@@ -26,6 +26,10 @@ class PositionScheme:
         """Dimensions of a separate one-head key that is appended to every key and cached once per token; 0 for most schemes."""
         return 0
 
+    def compared_dims(self, head_dim: int) -> int:
+        """How many dimensions of a head's key are compared with the query; the value has all of them."""
+        return head_dim
+
     @property
     def max_positions(self) -> int:
         """Rows of the table of learned positions that the model adds to its embeddings; 0 for most schemes."""

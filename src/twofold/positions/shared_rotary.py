@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, ClassVar
 
 from twofold.errors import TwofoldError
@@ -17,13 +18,17 @@ if TYPE_CHECKING:
 class SharedRotaryPositions(PositionScheme):
     """``dim`` dimensions (d_r), all of which turn: logit = (q·k + r_q·r_k) / √(D + d_r), r_k being one for all heads.
 
-    Source: DeepSeek-V2 (2405.04434), equations 14 to 19; GTA (2505.21487) shares one rotary half in the same way.
+    With ``key_dim`` > 0 only the first ``key_dim`` dimensions of the tied stream are compared, while the value has all of them: with D / 2 for
+    both numbers and ``(Q, K=V)`` that is GTA, K = [first half of the stream ; shared rotary key].
+
+    Source: DeepSeek-V2 (2405.04434), equations 14 to 19; GTA (2505.21487), section 3.
     """
 
     kind: ClassVar[str] = "shared_rotary"
 
     dim: int
     theta: float = 10000.0
+    key_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
@@ -32,6 +37,21 @@ class SharedRotaryPositions(PositionScheme):
             )
         if not self.theta > 0:
             raise TwofoldError(f"theta is {self.theta}, but rotary frequencies are powers of a positive number.")
+
+    def compared_dims(self, head_dim: int) -> int:
+        """``key_dim``, if it is set."""
+        return self.key_dim or head_dim
+
+    def check(self, *, head_dim: int, value_over_key: Fraction | None) -> None:
+        """Raise TwofoldError if the scheme cannot serve such a layer."""
+        if not 0 <= self.key_dim <= head_dim:
+            raise TwofoldError(
+                f"key_dim is {self.key_dim}, but a head has {head_dim} dimensions: use 0 to compare all of them."
+            )
+        if self.key_dim and value_over_key is None:
+            raise TwofoldError(
+                "key_dim leaves dimensions to the value alone, so it needs a tie in which V is a multiple of K, such as (Q, K=V)."
+            )
 
     @property
     def key_extension_dim(self) -> int:
