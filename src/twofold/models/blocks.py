@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from twofold.attention import Attention
 from twofold.cache import LayerView
+from twofold.models.parallel import tensor_parallel_plan
 from twofold.models.sequence import Sequence
 from twofold.spec import ModelSpec
 
@@ -90,6 +91,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(spec, index, backend) for index in range(spec.num_hidden_layers))
         self.norm = norm(spec)
+        self._tp_plan = tensor_parallel_plan(spec)  # where Transformers looks for it
 
     def forward(
         self,

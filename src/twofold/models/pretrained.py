@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from twofold.models.attention_interface import NAME, backend_of
 from twofold.models.blocks import Record
 from twofold.models.configuration import TwofoldConfig
 from twofold.models.initialization import initialize
+from twofold.models.parallel import check_tensor_parallel
 
 # What Transformers may hand to any forward, and what is asked of these models nowhere else.
 COMMON_OPTIONS = ("return_dict", "output_hidden_states", "output_attentions")
@@ -71,6 +72,13 @@ class TwofoldPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = self.backend
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, *meshes: Any) -> Any:
+        """Split over devices, as Transformers does it. Raises TwofoldError where the model's heads cannot be split so."""
+        if distributed_config is not None and distributed_config.tp_size > 1:
+            check_tensor_parallel(cast("Self", model).config.spec, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *meshes)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *arguments: Any, **options: Any
