@@ -24,11 +24,12 @@ MODEL: dict[str, Any] = {
     "positions": {"kind": "rotary"},
     "initializer_range": 0.1,
 }
-# Task -> options, steps, and the accuracy that is reached; a guesser's is at most half of it.
+# Task -> options, steps, and an accuracy that is reached with room to spare and is far above a guesser's.
+LONG = ("mad-noisy-recall", "mad-fuzzy-recall", "mad-selective-copying", "mad-compression", "induction", "automata")
 EASY: dict[str, tuple[dict[str, Any], int, float]] = {
     "mqar": ({"vocab_size": 10, "num_pairs": 2, "length": 8, "train_size": 4000}, 250, 0.9),
     "mad-recall": ({"vocab_size": 8, "length": 16, "train_size": 2000, "train_on_all": False}, 250, 0.8),
-    "mad-noisy-recall": ({"vocab_size": 8, "noise_vocab_size": 2, "length": 16, "train_size": 2000, "train_on_all": False}, 250, 0.65),
+    "mad-noisy-recall": ({"vocab_size": 8, "noise_vocab_size": 2, "length": 16, "train_size": 2000, "train_on_all": False}, 250, 0.55),
     "mad-fuzzy-recall": ({"vocab_size": 7, "key_tokens": 1, "value_tokens": 2, "length": 16, "train_size": 2000, "train_on_all": False}, 250, 0.65),
     "mad-memorization": ({"vocab_size": 16, "length": 8, "train_size": 200}, 100, 0.9),
     "mad-compression": ({"vocab_size": 4, "length": 5, "train_size": 81}, 200, 0.7),
@@ -57,7 +58,7 @@ def learned(task: Task, steps: int) -> dict[str, float]:
     return evaluate(model, task, batch_size=100)
 
 
-@pytest.mark.parametrize("name", EASY)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in EASY])
 def test_a_small_model_learns_it(name):
     options, steps, reached = EASY[name]
     scores = learned(load(name, **{"held_out_size": 100} | options), steps)
