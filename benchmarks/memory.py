@@ -294,6 +294,11 @@ def all_rows(shape: Shape, arguments: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def title(shape: str) -> str:
+    """Of what the picture is."""
+    return f"{shape}, {SHAPES[shape].dtype}"
+
+
 def parsed(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
@@ -317,7 +322,7 @@ def main(given: list[str] | None = None) -> None:
         return
     rows = json.loads(arguments.rows.read_text()) if arguments.rows else all_rows(shape, arguments)
     if arguments.picture:
-        arguments.picture.write_text(picture(rows, f"{arguments.shape}, {shape.dtype}"), encoding="utf-8")
+        arguments.picture.write_text(picture(rows, title(arguments.shape)), encoding="utf-8")
     show(rows, as_json=arguments.json)
 
 

@@ -239,6 +239,15 @@ def generations(count: int, seed: int, num_models: int = 12) -> Iterator[tuple[i
 
 
 def soak(arguments: argparse.Namespace) -> list[Row]:
+    gc.collect()
+    gc.freeze()  # what is there before is not looked through forty times
+    try:
+        return _soaked(arguments)
+    finally:
+        gc.unfreeze()
+
+
+def _soaked(arguments: argparse.Namespace) -> list[Row]:
     every, modes = max(1, arguments.generations // LOOKS), Counter[str]()
     bytes_, tensors, compared, different = [], [], 0, 0
     for index, model, draw, models in generations(arguments.generations, arguments.seed):

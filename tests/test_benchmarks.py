@@ -1,27 +1,51 @@
-"""The benchmark of a training step: the two models are one function, and its rows have the form that programs read. No time is judged here."""
+"""The benchmarks on tiny shapes: they work, their rows have the form that programs read, and they notice what they are for. No time is judged here."""
 
 from __future__ import annotations
 
-import importlib.util
+import gc
+import importlib
 import json
+import resource
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-STEP = Path(__file__).resolve().parent.parent / "benchmarks" / "step.py"
-TINY = ["--device", "cpu", "--shape", "tiny", "--rounds", "1"]
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+UNITS = ("ratio", "tokens/s", "GB/s", "ms", "KiB", "MiB", "bytes", "tokens", "tensors", "answers", "generations")
+
+
+def loaded(name: str) -> ModuleType:
+    """A benchmark, which finds its helpers beside it as it does when it is run."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
 def step() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("step", STEP)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("step")
+
+
+@pytest.fixture(scope="module")
+def memory() -> ModuleType:
+    return loaded("memory")
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    return loaded("generate")
+
+
+@pytest.fixture(scope="module")
+def soak() -> ModuleType:
+    return loaded("soak")
 
 
 def check_rows(rows: list[dict]) -> None:
@@ -29,13 +53,52 @@ def check_rows(rows: list[dict]) -> None:
     assert len({row["name"] for row in rows}) == len(rows)
     for row in rows:
         assert type(row["value"]) in (int, float)
-        assert row["unit"] in ("ratio", "tokens/s", "MiB")
-        if row["unit"] == "ratio":
-            assert row["met"] is (row["value"] <= float(row["goal"].removeprefix("<= ")))
+        assert row["unit"] in UNITS
+        if row["goal"] is None:
+            assert row["met"] is None
         else:
-            assert (row["goal"], row["met"]) == (None, None)
-    goals = {row["name"]: row["goal"] for row in rows if row["goal"]}
-    assert goals == {
+            sign, bound = row["goal"].split()
+            assert row["met"] is (row["value"] <= float(bound) if sign == "<=" else row["value"] >= float(bound))
+
+
+def goals(rows: list[dict]) -> dict[str, str]:
+    return {row["name"]: row["goal"] for row in rows if row["goal"]}
+
+
+def ran(module: ModuleType, given: list[str], capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    module.main([*given, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    check_rows(rows)
+    return rows
+
+
+def test_rows_that_lie_are_noticed():
+    rows = loaded("rows")
+    good = [rows.row("time", 1.2, "ratio", "<= 1.03"), rows.row("speed", 1.2, "ratio", ">= 1.0")]
+    assert [row["met"] for row in good] == [False, True]
+    check_rows(good)
+    for row in good:
+        with pytest.raises(AssertionError):
+            check_rows([row | {"met": not row["met"]}])
+
+
+@pytest.mark.parametrize("name", ["step", "memory", "generate"])
+def test_without_a_gpu_a_benchmark_says_so(name: str, capsys: pytest.CaptureFixture[str]):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(SystemExit):
+        loaded(name).main(["--device", "cuda"])
+    assert "use --device cpu" in capsys.readouterr().err
+
+
+# A training step
+
+STEP = ["--device", "cpu", "--shape", "tiny", "--rounds", "1"]
+
+
+def check_step_rows(rows: list[dict]) -> None:
+    check_rows(rows)
+    assert goals(rows) == {
         "step time, ours (Q, K, V) / plain": "<= 1.03",
         "peak memory, ours (Q, K, V) / plain": "<= 1.03",
         "step time, ours (Q, K=V) / ours (Q, K, V)": "<= 1.0",
@@ -43,43 +106,265 @@ def check_rows(rows: list[dict]) -> None:
     }
 
 
-def test_json_is_rows_of_the_agreed_form(
-    step: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_steps_are_timed(step: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """In this process; that memory is measured in fresh ones is left to the test below."""
     monkeypatch.setattr(step, "peaks", lambda _: dict.fromkeys(("plain", *step.TIES), 1 << 20))
-    step.main([*TINY, "--json"])
-    rows = json.loads(capsys.readouterr().out)
-    check_rows(rows)
-    with pytest.raises(AssertionError):
-        check_rows([row | {"met": not row["met"]} for row in rows])
-    step.main(TINY)
+    rows = ran(step, STEP, capsys)
+    check_step_rows(rows)
+    step.main(STEP)
     table = capsys.readouterr().out
     assert all(row["name"] in table for row in rows)
 
 
 def test_the_peak_of_a_model_is_measured_in_a_process_of_its_own():
-    command = [sys.executable, str(STEP), *TINY, "--peak", "ours (Q, K=V)"]
+    command = [sys.executable, str(BENCHMARKS / "step.py"), *STEP, "--peak", "ours (Q, K=V)"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 1 << 20
 
 
 @pytest.mark.long
-def test_the_whole_benchmark_runs():
-    done = subprocess.run([sys.executable, str(STEP), *TINY, "--json"], capture_output=True, text=True, check=True)
-    check_rows(json.loads(done.stdout))
+def test_the_whole_benchmark_of_a_step_runs():
+    command = [sys.executable, str(BENCHMARKS / "step.py"), *STEP, "--json"]
+    check_step_rows(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
 
 
-def test_the_comparison_notices_another_function(step: ModuleType, monkeypatch: pytest.MonkeyPatch):
+def test_the_comparison_of_steps_notices_another_function(step: ModuleType, monkeypatch: pytest.MonkeyPatch):
     step.check_same_function(step.SHAPES["tiny"])
     monkeypatch.setattr(step.PlainBlock, "forward", lambda self, x: x + self.out(self.norm_1(x)))
     with pytest.raises(AssertionError):
         step.check_same_function(step.SHAPES["tiny"])
 
 
-def test_without_a_gpu_the_benchmark_says_so(step: ModuleType, capsys: pytest.CaptureFixture[str]):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+# Memory
+
+MEMORY = ["--device", "cpu", "--shape", "tiny"]
+
+
+def check_memory_rows(rows: list[dict], memory: ModuleType) -> None:
+    check_rows(rows)
+    expected = {f"growth per token, off the formula, {name}": "<= 0.05" for name in memory.VARIANTS}
+    for after in ("", ", 8 bits", ", 4 bits"):
+        expected[f"growth per token, (Q, K=V) / (Q, K, V){after}"] = "<= 0.51"
+    read = "a text of 64 tokens, read by the model"
+    expected |= {f"{read}, off the formula, {tie}": "<= 0.05" for tie in ("(Q, K, V)", "(Q, K=V)")}
+    expected[f"{read}, (Q, K=V) / (Q, K, V)"] = "<= 0.51"
+    if sys.platform == "linux":
+        expected["batch x context in 64 MiB, (Q, K=V) / (Q, K, V)"] = ">= 1.9"
+    assert goals(rows) == expected
+
+
+@pytest.fixture
+def here(memory: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is measured in fresh processes, in this one: the numbers are then those of a whole test run."""
+    shape = memory.SHAPES["tiny"]
+
+    def measured(part: str, name: str, _: object) -> list[dict]:
+        limits = resource.getrlimit(resource.RLIMIT_DATA)
+        try:
+            return memory.PARTS[part](memory.VARIANTS[name], shape, "cpu")
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+    monkeypatch.setattr(memory, "measured", measured)
+    gc.freeze()  # garbage is collected at every point: not that of all tests before
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("here")
+def test_memory_is_measured_and_drawn(memory: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    picture = tmp_path / "memory.svg"
+    rows = ran(memory, [*MEMORY, "--picture", str(picture)], capsys)
+    check_memory_rows(rows, memory)
+    drawn = picture.read_text(encoding="utf-8")
+    ET.fromstring(drawn)
+    # Four heads of 32 floats in two layers, twice, in float32; and half of that.
+    assert "(Q, K, V): 2 KiB per token" in drawn
+    assert "(Q, K=V): 1 KiB per token" in drawn
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    picture.unlink()
+    again = ran(memory, [*MEMORY, "--rows", str(tmp_path / "rows.json"), "--picture", str(picture)], capsys)
+    assert again == rows
+    assert picture.read_text(encoding="utf-8") == drawn
+
+
+def test_a_cache_is_measured_in_a_process_of_its_own(memory: ModuleType):
+    command = [sys.executable, str(BENCHMARKS / "memory.py"), *MEMORY, "--part", "filled", "--variant", "(Q, K, V)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    points = json.loads(done.stdout)
+    assert [point["tokens"] for point in points] == list(memory.SHAPES["tiny"].tokens)
+    # 768 tokens of 2 KiB.
+    assert points[-1]["held"] - points[0]["held"] > 1 << 20
+
+
+def test_more_memory_than_counted_is_noticed(memory: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "cache_bytes", lambda *_, **__: 7)
+    with pytest.raises(RuntimeError, match=r"\(Q, K, V\): 256 tokens occupy 524288 bytes, and 7 were counted"):
+        memory.filled_points(memory.VARIANTS["(Q, K, V)"], memory.SHAPES["tiny"], "cpu")
+
+
+def test_growth_is_the_slope_of_what_was_measured(memory: ModuleType):
+    """One tensor too many in a cache of (Q, K=V) misses both goals."""
+    shape = memory.SHAPES["tiny"]
+
+    def points(leak: dict[str, float]) -> dict[str, list[dict]]:
+        return {
+            name: [
+                {"tokens": tokens, "held": 9e6 + tokens * leak.get(name, 1) * memory.formula(variant, shape), "peak": 0}
+                for tokens in shape.tokens
+            ]
+            for name, variant in memory.VARIANTS.items()
+        }
+
+    assert all(row["met"] for row in memory.growth_rows(points({}), shape, "cpu"))
+    missed = [row["name"] for row in memory.growth_rows(points({"(Q, K=V)": 2.0}), shape, "cpu") if not row["met"]]
+    assert missed == ["growth per token, off the formula, (Q, K=V)", "growth per token, (Q, K=V) / (Q, K, V)"]
+
+
+@pytest.mark.long
+def test_the_whole_benchmark_of_memory_runs(memory: ModuleType):
+    command = [sys.executable, str(BENCHMARKS / "memory.py"), *MEMORY, "--json"]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    check_memory_rows(rows, memory)
+    assert {row["name"]: row["met"] for row in rows}["batch x context in 64 MiB, (Q, K=V) / (Q, K, V)"]
+
+
+def test_the_picture_that_is_kept_is_that_of_the_rows_that_are_kept(memory: ModuleType):
+    kept = ROOT / "docs" / "results"
+    rows = json.loads((kept / "memory.json").read_text(encoding="utf-8"))
+    check_rows(rows)
+    drawn = memory.picture(rows, memory.title("paper-300m"))
+    assert (kept / "memory.svg").read_text(encoding="utf-8") == drawn
+
+
+# Decoding
+
+GENERATE = ["--device", "cpu", "--shape", "tiny", "--rounds", "1", "--dtype", "fp32"]
+
+
+def generate_goals(ways: list[str]) -> dict[str, str]:
+    expected = {}
+    for length in (16, 40):
+        own = [way for way in ways if way != "compiled" or length == 16]
+        for way in own:
+            expected[f"speed at {length} tokens, (Q, K=V) / (Q, K, V), {way}"] = ">= 1.0"
+        for way in own[1:]:
+            for tie in ("(Q, K, V)", "(Q, K=V)"):
+                expected[f"speed at {length} tokens, {way} / growing, {tie}"] = ">= 1.0"
+    for tie in ("(Q, K, V)", "(Q, K=V)"):
+        expected[f"speed at 16 tokens, cache / no cache, {tie}"] = ">= 20"
+    return expected | {"time to the first token after 7, (Q, K=V) / (Q, K, V)": "<= 1.0"}
+
+
+def test_decoding_is_timed(generate: ModuleType, capsys: pytest.CaptureFixture[str]):
+    rows = ran(generate, [*GENERATE, "--leave-out", "compiled"], capsys)
+    assert goals(rows) == generate_goals(["growing", "pre-allocated"])
+    names = [row["name"] for row in rows]
+    assert "speed at 40 tokens, Llama, pre-allocated" in names
+    read = {row["name"]: row["value"] for row in rows if row["name"].startswith("read per token")}
+    # 24 tokens more of 2 layers, 16 floats and 4 bytes, twice where keys and values are two.
+    for tie, tensors in (("(Q, K, V)", 2), ("(Q, K=V)", 1)):
+        more = read[f"read per token at 40 tokens, {tie}"] - read[f"read per token at 16 tokens, {tie}"]
+        assert more * 2**20 == pytest.approx(24 * 2 * 16 * 4 * tensors)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["growing", "pre-allocated"])
+def test_a_prefix_is_what_every_decoder_goes_on_from(generate: ModuleType, way: str):
+    """GPT-2 with our weights and (Q, K, V) decode the same token from the same keys and values."""
+    decoding, spec = loaded("decoding"), generate.SHAPES["tiny"].spec
+    prefix = decoding.Prefix(spec, 20, torch.float32, "cpu")
+    ours, theirs = (
+        decoding.decoders(spec, torch.float32, "cpu", has_compiled=False)[f"{name}, {way}"]
+        for name in ("(Q, K, V)", "GPT-2")
+    )
+    for decoder in (ours, theirs):
+        decoder.start(prefix, 4)
+        assert int(decoder.cache.get_seq_length()) == 22
+    logits = [one.model(torch.tensor([[5]]), **{decoding.CACHE_FIELD: one.cache}).logits for one in (ours, theirs)]
+    torch.testing.assert_close(*logits)
+    before = logits[0].abs().max()
+    assert float(before) > 0
+    ours.stop()
+    ours.start(decoding.Prefix(spec, 7, torch.float32, "cpu"), 4)
+    other = ours.model(torch.tensor([[5]]), **{decoding.CACHE_FIELD: ours.cache}).logits
+    assert not torch.allclose(other, logits[0])
+
+
+def test_the_comparison_with_gpt2_notices_another_function(generate: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    spec = generate.SHAPES["tiny"].spec
+    generate.check_same_function(spec)
+    made = generate.gpt2_like
+
+    def other(*given: object) -> torch.nn.Module:
+        model = made(*given)
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] += 1e-6
+        return model
+
+    monkeypatch.setattr(generate, "gpt2_like", other)
+    with pytest.raises(AssertionError):
+        generate.check_same_function(spec)
+
+
+@pytest.mark.long
+def test_the_whole_benchmark_of_decoding_runs(generate: ModuleType, capsys: pytest.CaptureFixture[str]):
+    rows = ran(generate, GENERATE, capsys)
+    assert goals(rows) == generate_goals(["growing", "compiled", "pre-allocated"])
+
+
+# The soak
+
+SOAK = ["--generations", "40", "--recompute-every", "1"]
+
+
+def check_soak_rows(rows: list[dict], count: int, compared: int) -> dict[str, float]:
+    check_rows(rows)
+    assert goals(rows) == {
+        "resident memory, growth per generation": "<= 1024",
+        "live tensors, growth per 1,000 generations": "<= 1",
+        "answers that are not the recomputed ones": "<= 0",
+    }
+    values = {row["name"]: row["value"] for row in rows}
+    assert values["generations"] == count
+    assert values["answers recomputed"] == compared
+    return values
+
+
+def test_answers_of_a_soak_are_recomputed(soak: ModuleType, capsys: pytest.CaptureFixture[str]):
+    values = check_soak_rows(ran(soak, SOAK, capsys), 40, 40)
+    assert values["answers that are not the recomputed ones"] == 0
+    for mode in ("greedy", "sampling", "beams", "look-up", "cache few bits", "continuation", "left padding"):
+        assert values[f"generations, {mode}"] > 0
+
+
+def test_a_soak_notices_other_answers_and_what_stays_behind(
+    soak: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    answers, kept = soak.answers, []
+
+    def wrong(model: torch.nn.Module, draw: object) -> list[torch.Tensor]:
+        kept.extend(tokens + 1 for tokens in answers(model, draw))
+        return kept[-1:] if not draw.continues else kept[-2:]
+
+    monkeypatch.setattr(soak, "recomputed", lambda model, draw, _: answers(model, draw))
+    monkeypatch.setattr(soak, "answers", wrong)
+    rows = {row["name"]: row for row in ran(soak, ["--generations", "40"], capsys)}
+    assert rows["answers that are not the recomputed ones"]["value"] == rows["answers recomputed"]["value"]
+    assert rows["answers that are not the recomputed ones"]["met"] is False
+    assert rows["live tensors, growth per 1,000 generations"]["value"] > 500
+    assert rows["live tensors, growth per 1,000 generations"]["met"] is False
+
+
+@pytest.mark.parametrize("given", [["--generations", "39"], ["--recompute-every", "0"]])
+def test_a_soak_needs_enough_looks(soak: ModuleType, given: list[str], capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
-        step.main(["--device", "cuda"])
-    assert "use --device cpu" in capsys.readouterr().err
+        soak.main(given)
+    assert "use at least 40 generations" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_a_soak_meets_its_goals(soak: ModuleType):
+    command = [sys.executable, str(BENCHMARKS / "soak.py"), "--generations", "2000", "--json"]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    check_soak_rows(rows, 2000, 200)
+    assert all(row["met"] is not False for row in rows)
