@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from attention_strategies import POSITIONS
 from model_strategies import FAMILIES, GPT2, LLAMA, drawn_inputs, drawn_model, drawn_tokens, recompute_layers
 from twofold.errors import TwofoldError
-from twofold.models import TwofoldForCausalLM, TwofoldPreTrainedModel
+from twofold.models import TwofoldConfig, TwofoldForCausalLM, TwofoldPreTrainedModel
 from twofold.models.quiet import without_bars
 from twofold.spec import ModelSpec
 
@@ -294,6 +294,15 @@ def test_a_model_says_how_likely_its_tokens_were():
     logits = model(found.sequences[:, :-1]).logits[:, 4:].log_softmax(dim=-1)
     wanted = logits.gather(2, found.sequences[:, 5:, None])[..., 0]
     torch.testing.assert_close(scores, wanted.float())  # generate keeps scores in float32
+
+
+def test_the_configuration_says_how_long_a_text_may_be():
+    """By the name under which other tools ask; it is no field, for the positions have it."""
+    assert TwofoldConfig.from_spec(GPT2).max_position_embeddings == GPT2.positions.max_positions > 0
+    assert TwofoldConfig.from_spec(LLAMA).max_position_embeddings is None
+    assert "max_position_embeddings" not in TwofoldConfig.from_spec(GPT2).to_dict()
+    with pytest.raises(TwofoldError, match=r"max_position_embeddings follows from the positions: say positions="):
+        TwofoldConfig(max_position_embeddings=64)
 
 
 def test_what_is_asked_of_every_model():

@@ -117,6 +117,11 @@ class TwofoldConfig(PreTrainedConfig):
         return cls(**spec.to_dict(), **options)
 
     @property
+    def max_position_embeddings(self) -> int | None:
+        """The most tokens of a text where positions are learned, under the name by which other tools ask; None: as many as there are."""
+        return self.spec.positions.max_positions or None
+
+    @property
     def layer_types(self) -> list[str]:
         """The kind of cache of each layer; never one of Transformers' own, which hold a key and a value apart."""
         return [LAYER_TYPE] * self.num_hidden_layers
@@ -132,6 +137,10 @@ _SPEC_FIELDS = tuple(ModelSpec.__dataclass_fields__)
 
 def _refuse_misspelt(options: Mapping[str, Any]) -> None:
     """Transformers stores any keyword it does not know: a misspelt field would silently be no field."""
+    if "max_position_embeddings" in options:
+        raise TwofoldError(
+            "max_position_embeddings follows from the positions: say positions={'kind': 'learned', 'length': ...}, or leave it out."
+        )
     fields = [*_SPEC_FIELDS, "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"]
     for name in options:
         if name not in fields and (near := get_close_matches(name, fields, n=1, cutoff=0.85)):
