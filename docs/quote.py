@@ -4,7 +4,8 @@
     python docs/quote.py studies/laptop    # first take the report of a study folder into docs/results/laptop
 
 A block ``<!-- result: NAME -->`` holds the picture and the answer of ``docs/results/NAME``; the block ``<!-- results -->`` lists all results that there
-are; a block ``<!-- benchmark: NAME -->`` holds the rows of ``docs/results/NAME.json``, as ``benchmarks/NAME.py --json`` printed them. A test fails where a
+are; a block ``<!-- benchmark: NAME -->`` holds the rows of ``docs/results/NAME.json``, as ``benchmarks/NAME.py --json`` printed them, and
+``<!-- goals: NAME -->`` those of them that have a goal. A test fails where a
 page says anything else than the files.
 """
 
@@ -21,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs", "results")
-BLOCK = re.compile(r"(<!-- (?P<kind>results?|benchmark)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<kind>results?|benchmark|goals)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -34,8 +35,8 @@ def quoted(page: Path, root: Path = ROOT) -> str:
     """The page's text with every block as the reports have it."""
 
     def block(found: re.Match[str]) -> str:
-        if found["kind"] == "benchmark":
-            lines = _rows(root, found["name"])
+        if found["kind"] in ("benchmark", "goals"):
+            lines = _rows(root, found["name"], all_rows=found["kind"] == "benchmark")
         else:
             lines = _quote(page, root, found["name"]) if found["name"] else _list(page, root)
         return found[1] + "".join(f"{line}\n" for line in lines) + "<!-- end -->"
@@ -84,7 +85,7 @@ def _list(page: Path, root: Path) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def _rows(root: Path, name: str) -> Iterator[str]:
+def _rows(root: Path, name: str, *, all_rows: bool) -> Iterator[str]:
     """The table of a benchmark; a goal that was not met is said as plainly as one that was."""
     path = root / RESULTS / f"{name}.json"
     if not path.exists():
@@ -92,6 +93,8 @@ def _rows(root: Path, name: str) -> Iterator[str]:
     yield "| measured | value | goal | |"
     yield "|---|---|---|---|"
     for row in json.loads(path.read_text(encoding="utf-8")):
+        if row["met"] is None and not all_rows:
+            continue
         value = f"{row['value']:,.3f}" if row["unit"] == "ratio" else f"{row['value']:,.0f} {row['unit']}"
         verdict = "" if row["met"] is None else "met" if row["met"] else "**not met**"
         yield f"| {_plain(row['name'])} | {value} | {row['goal'] or ''} | {verdict} |"

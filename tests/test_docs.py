@@ -245,6 +245,8 @@ def test_a_benchmark_is_quoted_with_what_was_not_met(house: Path):
     lines = QUOTE["quoted"](page, house).splitlines()
     assert lines[3:5] == ["| time, a / b | 1.041 | <= 1.03 | **not met** |", "| speed, a | 1,234 tokens/s |  |  |"]
     assert "old" not in lines
+    page.write_text("<!-- goals: step -->\nold\n<!-- end -->\n")
+    assert QUOTE["quoted"](page, house).splitlines()[3:] == [lines[3], "<!-- end -->"]
 
 
 def test_the_first_screen_has_its_picture():
