@@ -1,6 +1,6 @@
 """Thousands of generations in one process: memory does not grow, and answers are the recomputed ones.
 
-    python benchmarks/soak.py                       # 10,000 generations, about ten minutes
+    python benchmarks/soak.py                       # 10,000 generations, some three minutes of a core
     python benchmarks/soak.py --json --generations 1000
 
 Small random models (ties, heads, positions, windows) come and go. Each generation draws a model, a prompt, lengths, a way (greedy, sampling, beams,
