@@ -22,9 +22,6 @@ from twofold.models import TwofoldPreTrainedModel, load_model
 from twofold.models.quiet import without_bars
 from twofold.spec import ModelSpec
 
-# PEFT asks a model for Transformers' old name of activation checkpointing.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 SPECS = {
     "tied": LLAMA,
