@@ -20,6 +20,7 @@ from twofold.cost import attention_parameters
 from twofold.errors import TwofoldError
 from twofold.kernels import BACKENDS, Inputs, choose, scaled_dot_product
 from twofold.positions import NoPositions, RotaryPositions, SharedRotaryPositions
+from twofold.rotations import Span
 from twofold.spec import AttentionSpec
 from twofold.tie import Tie
 
@@ -240,8 +241,8 @@ class Streams:
         self.held = tuple(torch.cat(pair, dim=2) for pair in pairs) or streams
         return self.held
 
-    def key_positions(self, num_keys: int) -> range:
-        return range(self.tokens_seen - num_keys, self.tokens_seen)
+    def key_positions(self, num_keys: int) -> Span:
+        return Span(self.tokens_seen - num_keys, self.tokens_seen)
 
     max_tokens = 0
 
@@ -352,7 +353,8 @@ def test_the_problem_told_is_the_problem_posed(tie: Tie, positions: str, monkeyp
     spec = spec_with(tie=tie, positions=scheme, num_key_value_heads=4)
     posed: list[object] = []
     monkeypatch.setattr(
-        "twofold.attention.attend", lambda inputs, _: (posed.append(inputs.problem), inputs.query.new_zeros(1, 4, 5, 8))[1]
+        "twofold.attention.attend",
+        lambda inputs, _: (posed.append(inputs.problem), inputs.query.new_zeros(1, 4, 5, 8))[1],
     )
     with torch.no_grad():
         Attention(spec)(torch.zeros(1, 5, 7))

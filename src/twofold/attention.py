@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
 from twofold.kernels import Inputs, Mask, Problem, Rotation, attend, check_name
-from twofold.rotations import Positions, indices, rotation_at, rows
+from twofold.rotations import Positions, Span, indices, rotation_at, rows
 from twofold.spec import AttentionSpec
 from twofold.tie import ROLES
 
@@ -212,7 +212,7 @@ class Attention(nn.Module):
             bias = self.relative_bias[buckets].permute(2, 0, 1)[None].to(query.dtype)
         if self.spec.tie.plus:
             half = self.spec.plus_channels // 2
-            table = _sines(len(keys), half, query.device).to(self.plus_weight.dtype)
+            table = _sines(len(indices(keys, query.device)), half, query.device).to(self.plus_weight.dtype)
             per_key = (table @ self.plus_weight[half:] + self.plus_bias).to(query.dtype)[None, None, None]
             bias = per_key if bias is None else bias * self.plus_weight.sum() + per_key
         return bias
@@ -294,7 +294,7 @@ def _positions_of(hidden_states: Tensor, cache: StreamCache | None) -> Positions
     first, count = 0 if cache is None else cache.tokens_seen, hidden_states.shape[1]
     if isinstance(first, Tensor):
         return first + torch.arange(count, device=hidden_states.device)
-    return range(first, first + count)
+    return Span(first, first + count)
 
 
 def _made_for(
@@ -303,7 +303,7 @@ def _made_for(
     """The rows of a table of all positions there will be, where that is known: a compiled step has it as an input."""
     if cache is None or not cache.max_tokens:
         return make(positions=positions)
-    return rows(cache.remember(name, partial(make, positions=range(cache.max_tokens))), positions)
+    return rows(cache.remember(name, partial(make, positions=Span(0, cache.max_tokens))), positions)
 
 
 def _keys_of(key_mask: Tensor | None, keys: Positions) -> Tensor | None:
@@ -315,7 +315,7 @@ def _keys_of(key_mask: Tensor | None, keys: Positions) -> Tensor | None:
 
 def _unless_last(queries: Positions, keys: Positions, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Both as tensors, unless the queries are those of the last T of S successive keys, as kernels take for granted."""
-    if isinstance(queries, range) and isinstance(keys, range) and queries.stop == keys.stop:
+    if isinstance(queries, Span) and isinstance(keys, Span) and queries.stop == keys.stop:
         return None
     return indices(queries, device), indices(keys, device)
 
@@ -324,7 +324,7 @@ def _check_mask(key_mask: Tensor | None, batch: int, queries: Positions, cache: 
     if key_mask is None:
         return
     room = 0 if cache is None else cache.max_tokens
-    tokens = queries.stop if isinstance(queries, range) else room
+    tokens = queries.stop if isinstance(queries, Span) else room
     if key_mask.shape[0] != batch or (key_mask.shape[1] != tokens and not 0 < room <= key_mask.shape[1]):
         raise TwofoldError(
             f"key_mask has the shape {tuple(key_mask.shape)}, but must be (batch, tokens, those in the cache included) = {(batch, tokens)}."

@@ -1,11 +1,13 @@
 """Cosines and sines of positions: made once for all layers of a model, and read by the row.
 
-Positions are a ``range`` where they are known to this process, and a tensor [S] where only the device knows them (a cache with pre-allocated room).
+Positions are a :class:`Span` where they are known to this process, and a tensor [S] where only the device knows them (a cache with pre-allocated
+room).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,14 +15,24 @@ from torch import Tensor
 from twofold.kernels import Rotation
 
 Angles = Callable[[Tensor], tuple[Tensor, int] | None]
-Positions = range | Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Positions ``start`` … ``stop`` - 1. A ``range`` would fix both numbers in a compiled graph, which must serve texts of any length."""
+
+    start: int
+    stop: int
+
+
+Positions = Span | Tensor
 
 # By scheme, length, device and dtype: decoding does not make one for each token.
 _TABLES: dict[object, Rotation | None] = {}
 _MAX_TABLES = 32
 
 
-def rotation_at(scheme: object, angles: Angles, positions: range, like: Tensor) -> Rotation | None:
+def rotation_at(scheme: object, angles: Angles, positions: Span, like: Tensor) -> Rotation | None:
     """The rotation at successive positions, in the dtype and on the device of ``like``; None where nothing turns."""
     if torch.compiler.is_compiling():
         # The compiler folds what does not change, and must not be shown a dictionary that does.
@@ -31,7 +43,7 @@ def rotation_at(scheme: object, angles: Angles, positions: range, like: Tensor) 
         if len(_TABLES) >= _MAX_TABLES:
             _TABLES.pop(next(iter(_TABLES)))
         with torch.inference_mode(False):  # a table made in inference mode could not be used in training later
-            _TABLES[key] = _table(angles, range(length), like)
+            _TABLES[key] = _table(angles, Span(0, length), like)
     return rows(_TABLES[key], positions)
 
 
@@ -53,7 +65,7 @@ def indices(positions: Positions, device: torch.device) -> Tensor:
     return torch.arange(positions.start, positions.stop, device=device)
 
 
-def _table(angles: Angles, positions: range, like: Tensor) -> Rotation | None:
+def _table(angles: Angles, positions: Span, like: Tensor) -> Rotation | None:
     found = angles(indices(positions, like.device))
     if found is None:
         return None

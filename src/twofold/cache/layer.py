@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from twofold.errors import TwofoldError
+from twofold.rotations import Positions, Span
 
 LAYER_TYPE = "twofold_tied"
 """The name under which Transformers knows our layers; no layer type of its own."""
@@ -56,7 +57,7 @@ class StreamLayer(CacheLayerMixin):
         """
 
     @abstractmethod
-    def key_positions(self, num_keys: int) -> range | Tensor:
+    def key_positions(self, num_keys: int) -> Positions:
         """Where the ``num_keys`` keys that :meth:`append` just gave stand in the text: S positions, negative where there is no key yet."""
 
     @abstractmethod
@@ -243,9 +244,9 @@ class TiedLayer(StreamLayer):
         """The first held token that the next query may see: it sees itself and w - 1 before it."""
         return max(0, self.tokens_kept - (self.window_tokens - 1)) if self.window_tokens else 0
 
-    def key_positions(self, num_keys: int) -> range:
+    def key_positions(self, num_keys: int) -> Span:
         """The last ones."""
-        return range(self.tokens_seen - num_keys, self.tokens_seen)
+        return Span(self.tokens_seen - num_keys, self.tokens_seen)
 
     @property
     def is_croppable(self) -> bool:
@@ -291,6 +292,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 def with_storage_of_its_own(tensor: Tensor) -> Tensor:
     """The tensor, copied if it is a slice of something larger: holding the slice would hold all of that."""
     tensor = tensor.contiguous()
+    if torch.compiler.is_compiling():  # where no storage is seen
+        return tensor.clone()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 

@@ -14,6 +14,7 @@ from twofold.cache.layer import StreamLayer, check_like, named, numbered, with_s
 from twofold.cache.quantization import Quantized, quantize
 from twofold.cache_spec import CacheSpec
 from twofold.errors import TwofoldError
+from twofold.rotations import Span
 
 
 class QuantizedTiedLayer(StreamLayer):
@@ -80,9 +81,9 @@ class QuantizedTiedLayer(StreamLayer):
             tail = [stream[..., count:, :] for stream in tail]
         self.tail = tuple(with_storage_of_its_own(stream) for stream in tail)
 
-    def key_positions(self, num_keys: int) -> range:
+    def key_positions(self, num_keys: int) -> Span:
         """All."""
-        return range(self.tokens_seen - num_keys, self.tokens_seen)
+        return Span(self.tokens_seen - num_keys, self.tokens_seen)
 
     def crop_to(self, tokens: int) -> None:
         """See :meth:`StreamLayer.crop_to`. Codes that fall into the tail are floats again, no better than they were."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twofold.cache.layer import StreamLayer, check_like, named, numbered
 from twofold.errors import TwofoldError
+from twofold.rotations import Positions, Span
 
 
 class StaticTiedLayer(StreamLayer):
@@ -92,10 +93,10 @@ class StaticTiedLayer(StreamLayer):
             return tuple(buffer[..., : int(self.tokens_seen), :] for buffer in read)
         return read
 
-    def key_positions(self, num_keys: int) -> range | Tensor:
+    def key_positions(self, num_keys: int) -> Positions:
         """Slot p's is p; a ring's slots have each the last position that fell to them, followed by the new tokens' own."""
         if not self.is_ring:
-            return range(num_keys)
+            return Span(0, num_keys)
         if num_keys == self.num_slots:
             return self._ring_positions(self.tokens_seen)
         first_new = self.tokens_seen - (num_keys - self.num_slots)

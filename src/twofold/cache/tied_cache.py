@@ -15,6 +15,8 @@ from twofold.cache_spec import CacheSpec, specs_of_layers
 from twofold.errors import TwofoldError
 from twofold.spec import AttentionSpec, ModelSpec
 
+_GROWING = CacheSpec()  # a value of the module, which a compiled prompt may read
+
 
 class TiedCache(DynamicCache):
     """One layer of streams per layer of the model, each held as its :class:`~twofold.cache_spec.CacheSpec` says.
@@ -28,11 +30,12 @@ class TiedCache(DynamicCache):
     128
     """
 
-    def __init__(self, spec: ModelSpec, cache: CacheSpec | tuple[CacheSpec, ...] = CacheSpec()) -> None:  # noqa: B008 (frozen)
+    def __init__(self, spec: ModelSpec, cache: CacheSpec | tuple[CacheSpec, ...] | None = None) -> None:
+        cache = _GROWING if cache is None else cache
         self.spec = spec
         self.attention_specs = tuple(spec.attention(index) for index in range(spec.num_hidden_layers))
         self.cache_specs = specs_of_layers(spec.num_hidden_layers, cache)
-        self.max_tokens = max((held.max_tokens for held in self.cache_specs), default=0)
+        self.max_tokens = max([held.max_tokens for held in self.cache_specs])
         pairs = zip(self.attention_specs, self.cache_specs, strict=True)
         offloads = any(held.offload for held in self.cache_specs) and torch.accelerator.is_available()
         Cache.__init__(self, layers=[_layer(attention, held) for attention, held in pairs], offloading=offloads)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from twofold.cache.layer import StreamLayer
 from twofold.cache.static import StaticTiedLayer
 from twofold.errors import TwofoldError
+from twofold.rotations import Positions
 
 Made = TypeVar("Made")
 
@@ -38,7 +39,7 @@ class LayerView:
         first, others = self.cache.update(streams[0], streams[1:], self.layer_index)
         return (first, *others)
 
-    def key_positions(self, num_keys: int) -> range | Tensor:
+    def key_positions(self, num_keys: int) -> Positions:
         """The positions of the ``num_keys`` keys that the last update gave; negative where a slot is empty."""
         return self.layer.key_positions(num_keys)
 

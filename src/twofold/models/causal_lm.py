@@ -44,6 +44,7 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
         spec = config.spec
         self.embedding = InputEmbedding(spec)
         self.trunk = Trunk(spec, self.backend)
+        self._spec = spec
         self._attention_specs = tuple(spec.attention(index) for index in range(spec.num_hidden_layers))
         self.lm_head: nn.Module = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         self.post_init()
@@ -86,7 +87,8 @@ class TwofoldForCausalLM(TwofoldPreTrainedModel, GenerationMixin):
         if position_ids is not None:
             sequence.check_positions(position_ids)
         if cache is None and self._makes_cache(use_cache, labels, document_ids):
-            cache = TiedCache(self.config.spec)
+            # A compiled graph cannot read the configuration, and reads what was read before.
+            cache = TiedCache(self._spec if torch.compiler.is_compiling() else self.config.spec)
         elif cache is not None and self._recomputes_layers():
             raise TwofoldError(
                 "Gradient checkpointing cannot continue a cache: call model.eval(), or leave the cache out."
