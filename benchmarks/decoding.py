@@ -77,14 +77,15 @@ class Decoder:
 
     @torch.no_grad()
     def start(self, prefix: Prefix, new_tokens: int) -> None:
-        """Fill a cache with the prefix, decode one token without timing it, and compile where that is to be done."""
+        """Fill a cache with the prefix, decode one token that is not timed, and compile where that is to be done."""
         self.cache = self.new_cache(prefix.tokens + new_tokens + 2)
         (prefix.into_ours if self.is_ours else prefix.into_theirs)(self.cache)
         device = next(self.model.parameters()).device
         self.token = torch.zeros((1, 1), dtype=torch.long, device=device)
         # The first token after a prompt is read eagerly in generate too: what a cache remembers is made then.
         self.token = self._next(self.model.forward, self.token)
-        self.step()
+        if self.way == "compiled":
+            self.step()
 
     @torch.no_grad()
     def step(self) -> None:

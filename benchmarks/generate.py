@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Shape:
 
     def new_tokens(self, length: int) -> int:
         """Tokens that are timed at once: many where each takes little."""
-        return max(4, min(16, 32768 // length))
+        return max(3, min(8, 32768 // length))
 
 
 SHAPES = {
@@ -202,7 +203,7 @@ def loop_rows(all_decoders: dict[str, Decoder], shape: Shape, cached: Seconds, d
     """A loop that computes everything again for each token."""
     text = torch.arange(shape.loop, device=device)[None] % shape.spec.vocab_size
     work = {tie: lambda tie=tie: all_decoders[f"{tie}, growing"].token_without_cache(text) for tie in TIES}
-    seconds = time_each(work, 2, device)
+    seconds = time_each(work, 1, device)
     at = f"speed at {shape.loop:,} tokens"
     rows = [
         row(
@@ -255,6 +256,7 @@ def all_rows(shape: Shape, arguments: argparse.Namespace) -> list[Row]:
     found = decoders(spec, DTYPES[dtype], device, has_compiled=parts["compiled"], has_peers=parts["peers"])
     rows, speeds, bounds = [], [], []
     for length in lengths:
+        start = time.perf_counter()
         own = {name: one for name, one in found.items() if one.way != "compiled" or length in shape.compiled}
         prefix = Prefix(spec, length, DTYPES[dtype], device)
         seconds = time_decoding(own, prefix, shape.new_tokens(length), arguments.rounds, device)
@@ -263,6 +265,7 @@ def all_rows(shape: Shape, arguments: argparse.Namespace) -> list[Row]:
         for name, values in seconds.items():
             speeds.append(row(f"speed at {length:,} tokens, {name}", 1 / statistics.median(values), "tokens/s"))
         del prefix
+        print(f"{length:,} tokens took {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         if length == shape.loop and parts["loop"]:
             rows += loop_rows(found, shape, seconds, device)
     if parts["prompt"]:

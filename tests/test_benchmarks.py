@@ -280,7 +280,7 @@ def test_a_prefix_is_what_every_decoder_goes_on_from(generate: ModuleType, way: 
     )
     for decoder in (ours, theirs):
         decoder.start(prefix, 4)
-        assert int(decoder.cache.get_seq_length()) == 22
+        assert int(decoder.cache.get_seq_length()) == 21
     logits = [one.model(torch.tensor([[5]]), **{decoding.CACHE_FIELD: one.cache}).logits for one in (ours, theirs)]
     torch.testing.assert_close(*logits)
     before = logits[0].abs().max()
