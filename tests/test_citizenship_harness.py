@@ -6,6 +6,11 @@ extra leaves them out.
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from docs_pages import ROOT, blocks
 from model_strategies import GPT2, LLAMA
 from twofold.cost import cache_bytes
 from twofold.models import TwofoldForCausalLM, build_model
@@ -188,6 +194,35 @@ def test_the_harness_knows_how_long_a_text_may_be(tmp_path: Path):
     long = " ".join(WORDS * 6)  # read in windows of what the positions allow
     (told,) = wrapped.loglikelihood_rolling([_request(long)], disable_tqdm=True)
     assert told < 0
+
+
+NEXT_WORD = """
+task: next_word
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{text}}"
+doc_to_choice: ["query", "key", "value"]
+doc_to_target: "{{next}}"
+target_delimiter: ""
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.long
+def test_the_command_on_the_page(tmp_path: Path):
+    """The harness's own command, to which an import is all that is added."""
+    trained(SPECS["tied"]).save_pretrained(tmp_path / "tied")
+    byte_tokenizer().save_pretrained(tmp_path / "tied")
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": "tie ", "next": "query"}) + "\n")
+    (tmp_path / "next_word.yaml").write_text(NEXT_WORD % (tmp_path / "words.jsonl"))
+    (block,) = [block for block in blocks(ROOT / "docs" / "transformers.md") if "lm_eval" in block.text]
+    words = shlex.split(block.text.replace("\\\n", " ").replace("lambada_openai", "next_word.yaml --device cpu"))
+    command = [sys.executable, *words[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\|next_word.*\|acc .*\|\s*1\|", done.stdout), done.stdout
 
 
 def test_its_generation_holds_one_tensor_per_layer():
