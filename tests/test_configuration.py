@@ -56,6 +56,7 @@ def test_positions_may_be_a_value():
         "kind": "shared_rotary",
         "dim": 4,
         "theta": 10000.0,
+        "key_dim": 0,
     }
 
 
