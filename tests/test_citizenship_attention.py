@@ -276,7 +276,9 @@ def test_our_models_take_an_implementation_in_every_way(way: str, tmp_path: Path
         assert backends(model) == {backend}
         assert model.config._attn_implementation == name
     for wrong in ("flash_attention_2", "flex_attention", "warp"):
-        with pytest.raises(TwofoldError, match=f'"{wrong}"` is not supported by Twofold models: use one of twofold, eager, sdpa'):
+        with pytest.raises(
+            TwofoldError, match=f'"{wrong}"` is not supported by Twofold models: use one of twofold, eager, sdpa'
+        ):
             WAYS[way](tmp_path, wrong)
 
 
