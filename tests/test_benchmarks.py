@@ -307,6 +307,7 @@ def test_the_comparison_with_gpt2_notices_another_function(generate: ModuleType,
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_the_whole_benchmark_of_decoding_runs(generate: ModuleType, capsys: pytest.CaptureFixture[str]):
     rows = ran(generate, GENERATE, capsys)
     assert goals(rows) == generate_goals(["growing", "compiled", "pre-allocated"])
