@@ -192,6 +192,8 @@ def test_a_reload_while_runs_go_on_keeps_what_was_chosen(browser, pages):
         figure = page.locator(".curves-figure").first
         figure.get_by_role("button", name="Training").click()
         figure.locator(".legend button[data-variant='mqa']").click()
+        # A browser tells of an opened detail a moment later: the page may be gone by then.
+        page.evaluate("addEventListener('toggle', (event) => event.stopImmediatePropagation(), true)")
         page.locator("summary").first.click()
         page.evaluate("window.scrollTo({top: 700, behavior: 'instant'}); window.mark = 1")
         page.clock.run_for(30_000)

@@ -217,6 +217,7 @@
       const busy = Date.now() - touched < 4000 || String(window.getSelection());
       if (updates.getAttribute("aria-pressed") !== "true" || document.hidden || busy) return;
       remember("scroll", "y", window.scrollY);
+      for (const details of all("details[id]")) remember("open", details.id, details.open);
       location.reload();
     }, Number(root.dataset.reload) * 1000);
   }
