@@ -12,14 +12,17 @@ published generator, and the settings of its figure 2), whose smallest setting t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from twofold.tasks.buckets import buckets, ranges_in, sums
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, TableTask, TaskKind, distinct, generator
+from twofold.tasks.task import IGNORED, Batch, TableTask, TaskKind, distinct, generator
 
 BLANK = 0
 """The token between queries, if they are not drawn at random."""
@@ -31,7 +34,8 @@ class RecallOptions(Options):
 
     Slot g of the queries' slots (counted from 1, two tokens each) is taken with a probability proportional to g^(power - 1): 1 is uniform,
     and near 0 most queries follow the pairs closely, as repeated word pairs do in text. With ``random_fillers`` the tokens between
-    queries are drawn from the whole vocabulary, else they are :data:`BLANK`.
+    queries are drawn from the whole vocabulary, else they are :data:`BLANK`. ``by_distance`` adds the accuracy of queries that stand so many
+    tokens behind their key: ``accuracy@16-31``, and so on in powers of two.
     """
 
     vocab_size: int = 8192
@@ -42,6 +46,7 @@ class RecallOptions(Options):
     train_size: int = 100_000
     held_out_size: int = 3_000
     data_seed: int = 0
+    by_distance: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +89,34 @@ class RecallTask(TableTask):
             tokens_per_example=options.length,
             model_fields={"architecture": "causal_lm", "vocab_size": options.vocab_size, "causal": True} | model_fields,
         )
+        self._num_pairs = options.num_pairs
+        self._buckets = buckets(2, options.length - 2, start=4) if options.by_distance else []
+
+    def measure(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """As every task; where asked for, also how many queries of each distance there are and how many are answered right."""
+        found = super().measure(logits, batch)
+        if self._buckets:
+            predictions, targets = self.predictions(logits, batch)
+            asked = targets != IGNORED
+            right = asked & (predictions.argmax(-1) == targets)
+            found |= sums(self._distances(batch).to(asked.device), {"asked": asked, "right": right}, self._buckets)
+        return found
+
+    def _distances(self, batch: Batch) -> Tensor:
+        """int64 [B, T - 1]: how many tokens before each token its own key stands among the pairs; 0 where it is no key of theirs."""
+        tokens = batch["input_ids"][:, :-1]
+        keys = tokens[:, 0 : 2 * self._num_pairs : 2]
+        is_key = tokens[:, :, None] == keys[:, None, :]  # at most one of them: keys are distinct
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return torch.where(is_key, places[:, None] - places[0 : 2 * self._num_pairs : 2], 0).sum(dim=2)
+
+    def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Loss and accuracy, and the accuracy of each distance that is asked."""
+        found = super().scores(totals)
+        for place, count in ranges_in(totals, "asked"):
+            if count:
+                found[f"accuracy@{place}"] = totals[f"right@{place}"] / count
+        return found
 
 
 def _examples(options: RecallOptions, part: str, size: int) -> dict[str, torch.Tensor]:

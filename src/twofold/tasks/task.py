@@ -74,21 +74,33 @@ class Task(ABC):
         """How many predictions of the batch are scored; counts of micro-batches add up to that of their step."""
         return int((self.targets(batch) != IGNORED).sum())
 
+    def predictions(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The logits that are scored, [B, T, N] (of an image [B, N]) in float32 or float64, and the targets they line up with, on their device."""
+        targets = self.targets(batch).to(logits.device)
+        predictions = logits[:, : targets.shape[1]] if targets.ndim == 2 else logits
+        return (predictions.float() if predictions.dtype in (torch.float16, torch.bfloat16) else predictions), targets
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The cross-entropy of every prediction in nats, as the targets are laid out; 0 where the target is ignored."""
+        predictions, targets = self.predictions(logits, batch)
+        losses = F.cross_entropy(
+            predictions.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return losses.view(targets.shape)
+
     def measure(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """float64 sums over the batch's scored predictions: their cross-entropy in nats, how many are right, how many they are.
 
         ``logits`` [B, T, N] (of an image [B, N]) are the model's for this batch.
         """
-        targets = self.targets(batch).to(logits.device)
-        predictions = logits[:, : targets.shape[1]] if targets.ndim == 2 else logits
-        if predictions.dtype in (torch.float16, torch.bfloat16):
-            predictions = predictions.float()
-        losses = F.cross_entropy(
-            predictions.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )  # 0 where the target is ignored
+        predictions, targets = self.predictions(logits, batch)
         scored = targets != IGNORED
         right = (predictions.argmax(-1) == targets) & scored
-        return {"loss": losses.double().sum(), "correct": right.double().sum(), "count": scored.double().sum()}
+        return {
+            "loss": self.losses(logits, batch).double().sum(),
+            "correct": right.double().sum(),
+            "count": scored.double().sum(),
+        }
 
     def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
         """The metrics, from :meth:`measure`'s sums over all batches."""

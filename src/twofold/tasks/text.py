@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from twofold.errors import TwofoldError
+from twofold.tasks.buckets import buckets, ranges_in, sums
 from twofold.tasks.corpus import Corpus, Document, divide, hub_documents, local_documents, standard_library
 from twofold.tasks.options import Options
 from twofold.tasks.task import Batch, Task, TaskKind, data_hash
@@ -32,7 +33,8 @@ class TextOptions(Options):
     ``path`` is a text, .gz, .jsonl or .parquet file, or a folder of them, whose files match ``pattern``; ``dataset`` is a name of the hub, with
     ``configuration`` and ``split``. Where both are empty, it is the standard library of the Python that runs. ``field`` names the field or
     column that holds the text, or several, ``question,answer``, to be joined by a line break. ``held_out_fraction`` of the documents is
-    held out; ``max_bytes`` and ``held_out_bytes`` limit the two parts (0: no limit).
+    held out; ``max_bytes`` and ``held_out_bytes`` limit the two parts (0: no limit). ``by_position`` adds the bits per byte of the bytes that
+    are predicted from so many before them: ``bits_per_byte@16-31``, and so on in powers of two.
     """
 
     path: str = ""
@@ -45,6 +47,7 @@ class TextOptions(Options):
     max_bytes: int = 0
     held_out_bytes: int = 262_144
     held_out_fraction: float = 0.05
+    by_position: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +98,7 @@ class TextTask(Task):
             source=options.source,
         )
         self._context, self._stride = options.context, options.context - 1
+        self._buckets = buckets(1, self._stride) if options.by_position else []
         self._train = torch.frombuffer(bytearray(corpus.train), dtype=torch.uint8)
         self._held_out = torch.frombuffer(bytearray(corpus.held_out), dtype=torch.uint8)
         if len(self._train) < options.context:
@@ -128,10 +132,23 @@ class TextTask(Task):
         chunks = stream[indices[:, None] * self._stride + torch.arange(self._context)].long()
         return {"input_ids": chunks, "labels": chunks.clone()}
 
+    def measure(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """As every task; where asked for, also the losses and counts of the bytes that are predicted from so many before them."""
+        found = super().measure(logits, batch)
+        if self._buckets:
+            losses = self.losses(logits, batch)
+            seen = torch.arange(1, losses.shape[1] + 1, device=losses.device)
+            found |= sums(seen, {"loss": losses, "count": torch.ones_like(losses)}, self._buckets)
+        return found
+
     def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
         """Per byte, the zero that ends a document counted as one."""
         loss = totals["loss"] / totals["count"]
-        return {"loss": loss, "bits_per_byte": loss / math.log(2), "perplexity": math.exp(min(loss, 700.0))}
+        found = {"loss": loss, "bits_per_byte": loss / math.log(2), "perplexity": math.exp(min(loss, 700.0))}
+        for place, count in ranges_in(totals, "count"):
+            if count:
+                found[f"bits_per_byte@{place}"] = totals[f"loss@{place}"] / count / math.log(2)
+        return found
 
 
 def _description(options: TextOptions, corpus: Corpus) -> str:

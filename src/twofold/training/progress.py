@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Self
 
 
@@ -31,7 +31,8 @@ class Progress:
 class Outcome:
     """The end of a run: held-out ``scores`` of the last weights, and what they took.
 
-    ``tokens`` were trained on in ``seconds``, evaluation and checkpoints left out. ``data_hash`` is the SHA-256 of the task's data.
+    ``tokens`` were trained on in ``seconds``, evaluation and checkpoints left out. ``data_hash`` is the SHA-256 of the task's data, and
+    ``data_order`` that of the examples' indices in the order in which they were trained on (empty in outcomes from before it was kept).
     """
 
     scores: Mapping[str, float]
@@ -40,6 +41,7 @@ class Outcome:
     tokens: int
     cached_floats_per_token: int
     data_hash: str
+    data_order: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: the content of outcome.json; :meth:`from_dict` gives the same outcome back."""
@@ -48,4 +50,4 @@ class Outcome:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """An outcome from :meth:`to_dict`'s fields. Raises KeyError where one is missing."""
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.default is MISSING or f.name in values})

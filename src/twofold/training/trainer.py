@@ -165,6 +165,7 @@ class _Session:
             tokens=self.tokens,
             cached_floats_per_token=cached_floats_per_token(self.run.model),
             data_hash=self.task.data_hash,
+            data_order=self.stepper.order.digest(self.run.training.steps),
         )
         if self.accelerator.is_main_process:
             self.home.end(self.model, outcome)
