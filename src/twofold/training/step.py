@@ -118,7 +118,7 @@ class LossLedger:
         for (step, _, _), loss, norm in zip(self._pending, *values, strict=True):
             # In fp16 a gradient that is not finite is ordinary: the step was left out and the loss scale halved.
             if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(norm)):
-                raise TwofoldError(self._sentence(step, loss, norm))
+                raise not_finite(self.stepper.order, step, loss, norm)
             self.known.append(loss)
             self.gradient_norm = norm
         self._pending.clear()
@@ -132,12 +132,14 @@ class LossLedger:
         """Mean loss of the steps that are known."""
         return math.fsum(self.known) / len(self.known) if self.known else math.nan
 
-    def _sentence(self, step: int, loss: float, norm: float) -> str:
-        what = f"The norm of the gradient is {norm}" if math.isfinite(loss) else f"The loss is {loss}"
-        indices = self.stepper.order.batch(step - 1).tolist()
-        first = (step - 1) * len(indices)
-        shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
-        return (
-            f"{what} at step {step}, on the batch of places {first} to {first + len(indices) - 1} in the order of the data (examples {shown}): "
-            "lower learning_rate or look at these examples; what was saved before is intact."
-        )
+
+def not_finite(order: DataOrder, step: int, loss: float, norm: float) -> TwofoldError:
+    """The error of a run whose loss, or else the norm of its gradient, is not finite at a step: which examples it was on, and what to do."""
+    what = f"The norm of the gradient is {norm}" if math.isfinite(loss) else f"The loss is {loss}"
+    indices = order.batch(step - 1).tolist()
+    first = (step - 1) * len(indices)
+    shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+    return TwofoldError(
+        f"{what} at step {step}, on the batch of places {first} to {first + len(indices) - 1} in the order of the data (examples {shown}): "
+        "lower learning_rate or look at these examples; what was saved before is intact."
+    )

@@ -14,22 +14,20 @@ from time import perf_counter
 
 from accelerate import Accelerator
 
-from twofold.cost import cached_floats_per_token
-from twofold.errors import TwofoldError
 from twofold.lock import FolderLock
 from twofold.models import build_model
-from twofold.spec import ModelSpec
 from twofold.storage import writing
 from twofold.tasks import Task, load_task
 from twofold.training.acceleration import accelerator_of
 from twofold.training.checkpoint import Checkpoints, TrainingState
-from twofold.training.evaluation import check_held_out, evaluate
+from twofold.training.evaluation import evaluate
 from twofold.training.metrics import MetricsLog, Split
 from twofold.training.progress import Outcome, Progress
 from twofold.training.random_state import isolated_random_state
 from twofold.training.run_folder import RunFolder
 from twofold.training.schedule import learning_rate
 from twofold.training.spec import RunSpec
+from twofold.training.standing import check_fit, fitting_checkpoint, is_due, outcome_of, tokens_at
 from twofold.training.step import LossLedger, Stepper
 from twofold.training.stopwatch import Stopwatch
 
@@ -73,7 +71,7 @@ def train(
         return outcome
     accelerator = accelerator_of(run.training)
     task = load_task(run.task) if task is None else task
-    _check_fit(run.model, task)
+    check_fit(run.model, task)
     machine = _Machine(accelerator=accelerator, backend=backend, tensorboard=tensorboard, compile_model=compile_model)
     with FolderLock(home.path) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
@@ -81,26 +79,6 @@ def train(
         accelerator.wait_for_everyone()
         with isolated_random_state(accelerator.device):
             return _Session(run, home, task, machine, report).finish()
-
-
-def _check_fit(model: ModelSpec, task: Task) -> None:
-    """Raise TwofoldError where the task cannot be measured, and where the model cannot read the task's data or answer it; larger tables than the task needs are no fault."""
-    check_held_out(task)
-    for name in (
-        "architecture",
-        "vocab_size",
-        "feature_size",
-        "image_size",
-        "patch_size",
-        "num_channels",
-        "num_labels",
-    ):
-        has, needs = getattr(model, name), task.model_fields.get(name)
-        fits = has >= needs if name in ("vocab_size", "num_labels") and needs is not None else has == needs
-        if needs is not None and not fits:
-            raise TwofoldError(
-                f"The task {task.name} needs a model of {name} {needs!r}, and this one has {has!r}: change the model's {name}."
-            )
 
 
 class _Session:
@@ -125,16 +103,10 @@ class _Session:
 
     def _restored(self) -> TrainingState:
         """Where the run stands, its tensors put in place."""
-        checkpoint = self.checkpoints.newest()
+        checkpoint = fitting_checkpoint(self.run, self.home, self.task)
         if checkpoint is None:
             return TrainingState()
         state = checkpoint.state
-        if (state.fingerprint, state.data_hash) != (self.run.fingerprint, self.task.data_hash):
-            what = "run" if state.fingerprint != self.run.fingerprint else "data"
-            raise TwofoldError(
-                f"The checkpoint of step {state.step} in {self.home.path} was made with other {what}: "
-                f"bring back the {what} it was made with, or choose another folder."
-            )
         checkpoint.restore(self.model, self.stepper.optimizer)
         if state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(dict(state.scaler))
@@ -150,7 +122,7 @@ class _Session:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far."""
-        return self.step * self.run.training.batch_size * self.task.tokens_per_example
+        return tokens_at(self.run, self.task, self.step)
 
     def finish(self) -> Outcome:
         """Take the steps that are left, and write how the run ended."""
@@ -158,15 +130,8 @@ class _Session:
             while self.step < self.run.training.steps:
                 self._advance(log)
         scores = self.scores or self._evaluated()
-        outcome = Outcome(
-            scores=scores,
-            parameters=sum(parameter.numel() for parameter in self.stepper.parameters),
-            seconds=self.watch.seconds,
-            tokens=self.tokens,
-            cached_floats_per_token=cached_floats_per_token(self.run.model),
-            data_hash=self.task.data_hash,
-            data_order=self.stepper.order.digest(self.run.training.steps),
-        )
+        order, seconds = self.stepper.order, self.watch.seconds
+        outcome = outcome_of(self.run, self.task, order, scores=scores, seconds=seconds)
         if self.accelerator.is_main_process:
             self.home.end(self.model, outcome)
         self.accelerator.wait_for_everyone()
@@ -197,7 +162,7 @@ class _Session:
                 self.report(self._progress())
 
     def _is_due(self, every: int) -> bool:
-        return self.step == self.run.training.steps or (every > 0 and self.step % every == 0)
+        return is_due(self.run, self.step, every)
 
     def _evaluated(self) -> dict[str, float]:
         part = self.run.training.batch_size // self.run.training.accumulation_steps
