@@ -44,7 +44,7 @@ class CurveSet:
 def curves(summary: Summary, section: Section) -> CurveSet:
     """The curves of a section that is one task."""
     task, metric = section.tasks[0], section.loss_metric
-    rows = summary.results.curves
+    rows = summary.shown.curves
     of_task = rows[rows.task == task]
     # The training loss is logged as "loss" whatever the task reports: the nearest of the two names that is there.
     names = set(of_task[of_task.split == "train"].metric)
@@ -61,7 +61,7 @@ def curves(summary: Summary, section: Section) -> CurveSet:
 
 def _tables(summary: Summary, section: Section, rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """For each variant a table tokens × seeds, thinned to MAX_POINTS."""
-    runs = summary.results.runs
+    runs = summary.shown.runs
     done = runs[(runs.task == section.tasks[0]) & (runs.status == "done")]
     of_variants = dict(list(rows[np.isfinite(rows.value)].groupby("variant", sort=False)))
     tables = {}

@@ -134,7 +134,7 @@ def _curve_table(caption: str, section: Section, curves: Sequence[Curve]) -> Row
 
 def grid(summary: Summary, section: Section) -> Row:
     """A grid's scores: by each value of each axis, and setting by setting."""
-    points = {task: summary.results.tasks[task].points for task in section.tasks}
+    points = {task: summary.shown.tasks[task].points for task in section.tasks}
     axes = []
     for axis in next(iter(points.values())):
         names = list(dict.fromkeys(own[axis] for own in points.values()))
@@ -261,7 +261,7 @@ def section_id(section: Section) -> str:
 
 def facts(summary: Summary, section: Section) -> str:
     """How much data a task has, in words."""
-    told = summary.results.tasks[section.tasks[0]]
+    told = summary.shown.tasks[section.tasks[0]]
     if section.is_grid:
         seeds = len(summary.plan.seeds)
         return f"{len(section.tasks)} settings taken together; {section.complete_tasks} of them are complete in all {seeds} seeds."

@@ -14,8 +14,9 @@ from functools import cached_property
 
 import numpy as np
 
-from twofold.study.plan import StudyPlan, Variant
+from twofold.study.plan import StudyPlan
 from twofold.study.results import Results, TaskFacts
+from twofold.study.sections import Variant
 from twofold.study.statistics import (
     Interval,
     PairedDifference,
@@ -116,19 +117,24 @@ class Failure:
 
 
 class Summary:
-    """All sections of a study, and how far it has come."""
+    """All sections of a study, and how far it has come.
+
+    ``results`` are all runs; ``shown`` those of which the report speaks, where each variant has the chosen point of tuned axes.
+    """
 
     def __init__(self, results: Results) -> None:
         self.results = results
+        self.shown = results.at_choices() if results.choices else results
         self.plan: StudyPlan = results.plan
         self.states: Counter[str] = Counter(results.runs.status.tolist())
-        self._values = _values(results)
-        self._entries = _entries(results)
+        self.states["pending"] += results.undecided
+        self._values = _values(self.shown)
+        self._entries = _entries(self.shown)
 
     @property
     def planned(self) -> int:
         """How many runs the study is."""
-        return len(self.results.runs)
+        return self.states.total()
 
     @property
     def is_complete(self) -> bool:
@@ -151,8 +157,8 @@ class Summary:
     def sections(self) -> tuple[Section, ...]:
         """One section per task; one per grid where the study has many tasks."""
         groups: dict[str, list[str]] = {}
-        for name, facts in self.results.tasks.items():
-            groups.setdefault(facts.group if len(self.results.tasks) > MAX_SINGLE_TASKS else name, []).append(name)
+        for name, facts in self.shown.tasks.items():
+            groups.setdefault(facts.group if len(self.shown.tasks) > MAX_SINGLE_TASKS else name, []).append(name)
         return tuple(self._section(name, tuple(tasks)) for name, tasks in groups.items())
 
     def by_seed(self, task: str, variant: str, metric: str) -> BySeed:
@@ -167,6 +173,10 @@ class Summary:
         """Each variant's score over some of a section's tasks, by the rule of the section's own numbers."""
         of_variants = self._together(tasks, section.score)
         return {variant.name: interval(list(of_variants[variant.name].values())) for variant in section.variants}
+
+    def values(self, section: Section, metric: str) -> dict[str, BySeed]:
+        """Each variant's value of a metric per seed in a section, by the rule of the section's own numbers."""
+        return self._together(section.tasks, metric)
 
     def _together(self, tasks: Sequence[str], metric: str) -> dict[str, BySeed]:
         """Each variant's value per seed: of one task its own; of several, the mean over those that all variants have finished."""
@@ -193,7 +203,7 @@ class Summary:
         )
 
     def _section(self, name: str, tasks: tuple[str, ...]) -> Section:
-        facts = self.results.tasks[tasks[0]]
+        facts = self.shown.tasks[tasks[0]]
         losses, scores = (self._together(tasks, metric) for metric in (facts.loss_metric, facts.score))
         costs = {variant: self._cost(tasks, variant) for variant in losses}
         measured = {variant: by_seed for variant, by_seed in losses.items() if by_seed}

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
-from twofold.cost import cached_floats_per_token, dtype_bytes, parameters
+from twofold.cost import cached_floats_per_token, dtype_bytes, parameters, training_flops_per_token
 from twofold.errors import TwofoldError
 from twofold.spec import ModelSpec
-from twofold.study.plan import Match, PlannedTask, StudyPlan, Variant
+from twofold.study.plan import PlannedTask, StudyPlan
 from twofold.study.record import Entry, TaskFacts
+from twofold.study.sections import Match, Variant
 from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec, fingerprint_of
 
-PARAMETER_TOLERANCE = 0.01
+TOLERANCE = 0.01
 CACHE_DTYPE = "bf16"
 
 
@@ -36,6 +37,8 @@ class TaskAnswer:
     train_size: int
     tokens_per_example: int
     data_hash: str
+    held_out_size: int = 0
+    chance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +95,15 @@ class _Expansion:
             # Of the variants that the task leaves out, which need not fit it, only those are made that are matched.
             model = self._model(task, variant, answer)
             for match in variant.matches:
-                _check(match, task, variant, model, self._model(task, self.plan.variant(match.variant), answer))
+                other = self._model(task, self.plan.variant(match.variant), answer)
+                _check(match, task, variant, model=model, other=other, context=answer.tokens_per_example)
+            if variant.expect:
+                promised = self.plan.variant(variant.expect.variant)
+                if model == self._model(task, promised, answer) and variant.seed_shift == promised.seed_shift:
+                    raise TwofoldError(
+                        f"On task {task.name}, {variant.name} is {promised.name} again, with the same seeds, so what it expects cannot fail: "
+                        "give it a seed_shift, or another model."
+                    )
             run = RunSpec(task=spec, model=model.spec, training=training, seed=0).to_dict()
             yield Entry(
                 task=task.name,
@@ -106,7 +117,10 @@ class _Expansion:
                 cached_bytes_per_token=model.cached_floats_per_token * dtype_bytes(CACHE_DTYPE),
                 data_hash=answer.data_hash,
                 run={name: value for name, value in run.items() if name != "seed"},
-                fingerprints={seed: fingerprint_of(run | {"seed": seed}) for seed in self.plan.seeds},
+                fingerprints={
+                    seed: fingerprint_of(run | {"seed": seed + variant.seed_shift}) for seed in self.plan.all_seeds
+                },
+                seed_shift=variant.seed_shift,
             )
 
     def _model(self, task: PlannedTask, variant: Variant, answer: TaskAnswer) -> _Model:
@@ -122,30 +136,33 @@ def _facts(task: PlannedTask, answer: TaskAnswer) -> TaskFacts:
     return TaskFacts(
         title=task.title, description=answer.description, loss_metric=answer.loss_metric, score=answer.score,
         higher_is_better=answer.higher_is_better, group=task.group, points=task.points, train_size=answer.train_size,
-        tokens_per_example=answer.tokens_per_example, data_hash=answer.data_hash,
+        tokens_per_example=answer.tokens_per_example, data_hash=answer.data_hash, held_out_size=answer.held_out_size,
+        chance=answer.chance,
     )  # fmt: skip
 
 
-def _check(match: Match, task: PlannedTask, variant: Variant, own: _Model, other: _Model) -> None:
-    if match.quantity == "cache":
-        what, has, wanted, tolerance = (
-            "cached floats per token",
-            own.cached_floats_per_token,
-            other.cached_floats_per_token,
-            0.0,
-        )
-    else:
-        what, has, wanted, tolerance = (
-            "parameters",
-            own.parameters,
-            other.parameters,
-            PARAMETER_TOLERANCE * other.parameters,
-        )
-    if abs(has - wanted) > tolerance:
+def _check(match: Match, task: PlannedTask, variant: Variant, *, model: _Model, other: _Model, context: int) -> None:
+    what, tolerance = _QUANTITIES[match.quantity]
+    has, wanted = (_amount(match.quantity, counted, context) for counted in (model, other))
+    if abs(has - wanted) > tolerance * wanted:
         raise TwofoldError(
-            f"On task {task.name}, {variant.name} has {has} {what} and {match.variant}, which it says it matches, has {wanted}: "
+            f"On task {task.name}, {variant.name} has {has:.12g} {what} and {match.variant}, which it says it matches, has {wanted:.12g}: "
             "change its heads or sizes, or drop the claim from its matches."
         )
+
+
+# What must agree, and by which part of itself it may differ.
+_QUANTITIES = {
+    "cache": ("cached floats per token", 0.0),
+    "parameters": ("parameters", TOLERANCE),
+    "flops": ("operations of training per token", TOLERANCE),
+}
+
+
+def _amount(quantity: str, model: _Model, context: int) -> float:
+    if quantity == "flops":
+        return training_flops_per_token(model.spec, context)
+    return model.cached_floats_per_token if quantity == "cache" else model.parameters
 
 
 def _named(where: str, make: Callable[[], Any]) -> Any:

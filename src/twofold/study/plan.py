@@ -7,130 +7,53 @@ which fields a task dictates is asked when the plan is expanded into runs.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from twofold.errors import TwofoldError
-from twofold.spec import ModelSpec
-from twofold.training.spec import TrainingSpec
-
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
-Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-Kind = Literal["tie", "control"]
-
-MODEL_FIELDS = tuple(field.name for field in fields(ModelSpec))
-TRAINING_FIELDS = tuple(field.name for field in fields(TrainingSpec))
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-def _known_fields(values: dict[str, Any], known: tuple[str, ...], what: str) -> dict[str, Any]:
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"its fields are {', '.join(known)}"
-            raise ValueError(f"holds {name!r}, but {what} has no such field: {hint}")
-    return values
-
-
-class Match(_Section):
-    """What a control shares with another variant: cached floats per token exactly, or parameters within 1%."""
-
-    variant: Name
-    quantity: Literal["cache", "parameters"] = Field(alias="in")
-
-
-class Variant(_Section):
-    """One way to attend: the fields in which its model differs from the study's."""
-
-    name: Name
-    label: str = ""
-    kind: Kind = "tie"
-    note: str = ""
-    model: dict[str, Any] = {}
-    matches: tuple[Match, ...] = ()
-
-    @field_validator("model")
-    @classmethod
-    def _model_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return _known_fields(values, MODEL_FIELDS, "a model")
-
-    @model_validator(mode="after")
-    def _a_control_says_why(self) -> Self:
-        if self.kind == "control" and not self.note:
-            raise ValueError("is a control without a note: say in note what it controls for")
-        return self
-
-
-class Settings(_Section):
-    """What a task, or a point of a grid, changes: model fields, task options, training, and single variants' models."""
-
-    model: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    variant_models: dict[Name, dict[str, Any]] = {}
-
-    @field_validator("model")
-    @classmethod
-    def _model_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return _known_fields(values, MODEL_FIELDS, "a model")
-
-    @field_validator("training")
-    @classmethod
-    def _training_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return _known_fields(values, TRAINING_FIELDS, "training")
-
-    @field_validator("variant_models")
-    @classmethod
-    def _variant_model_fields(cls, values: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        return {name: _known_fields(changes, MODEL_FIELDS, "a model") for name, changes in values.items()}
-
-
-class Point(Settings):
-    """One value of a grid's axis; its name becomes part of the names of the tasks."""
-
-    name: Name
-
-
-class Axis(_Section):
-    """One axis of a grid: the grid is the product of its axes."""
-
-    name: str
-    points: tuple[Point, ...] = Field(min_length=1)
-
-
-class TaskEntry(Settings):
-    """A task with its options and what it changes; a grid makes several of it."""
-
-    name: Name
-    task: str
-    title: str = ""
-    variants: tuple[Name, ...] = ()
-    grid: tuple[Axis, ...] = ()
+from twofold.study.sections import (
+    MODEL_FIELDS,
+    TRAINING_FIELDS,
+    Axis,
+    Expect,
+    Match,
+    Name,
+    Point,
+    Section,
+    Seed,
+    Settings,
+    TaskEntry,
+    Variant,
+    known_fields,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedTask:
-    """A task after its grid has been worked out: one name, one set of changes. ``points`` is axis name -> point name."""
+    """A task after its grid has been worked out: one name, one set of changes.
+
+    ``points`` is axis name -> point name, and ``tuned`` names the axes of which each variant is given its best point. ``setting`` and
+    ``setting_title`` are name and title without those: what a report has a section of.
+    """
 
     name: str
     group: str
     title: str
     points: dict[str, str]
+    tuned: frozenset[str]
+    setting: str
+    setting_title: str
     task: str
     variants: tuple[str, ...]
     model: dict[str, Any]
@@ -138,22 +61,36 @@ class PlannedTask:
     training: dict[str, Any]
     variant_models: dict[str, dict[str, Any]]
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether it is one of several points from which each variant is given its best."""
+        return bool(self.tuned)
 
-class StudyPlan(_Section):
+    @property
+    def untuned_points(self) -> dict[str, str]:
+        """The points of the axes that are not tuned."""
+        return {axis: point for axis, point in self.points.items() if axis not in self.tuned}
+
+
+class StudyPlan(Section):
     """A whole study; the built-in plans are examples.
 
     ``reference`` is the variant against which the others' differences are taken. ``grid`` multiplies every task by the product of its axes,
     as a task's own ``grid`` does for one. ``keep_models`` says whether a finished run's weights stay on disk: thousands of them are gigabytes.
+    ``tuning_seeds`` are those over which the points of tuned axes are compared; ``seeds`` are those of the results.
     """
+
+    later = frozenset({"tuning_seeds"})
 
     name: Name
     title: str
     question: str
     reference: Name
     seeds: tuple[Seed, ...] = Field(min_length=1)
+    tuning_seeds: tuple[Seed, ...] = ()
     keep_models: bool = True
-    model: dict[str, Any] = {}
-    training: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
     grid: tuple[Axis, ...] = ()
     variants: tuple[Variant, ...] = Field(min_length=1)
     tasks: tuple[TaskEntry, ...] = Field(min_length=1)
@@ -161,38 +98,102 @@ class StudyPlan(_Section):
     @field_validator("model")
     @classmethod
     def _model_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return _known_fields(values, MODEL_FIELDS, "a model")
+        return known_fields(values, MODEL_FIELDS, "a model")
 
     @field_validator("training")
     @classmethod
     def _training_fields(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return _known_fields(values, TRAINING_FIELDS, "training")
+        return known_fields(values, TRAINING_FIELDS, "training")
+
+    @field_validator("variants")
+    @classmethod
+    def _families_are_their_members(cls, values: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        return tuple(member for variant in values for member in variant.members)
 
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
         variants = [variant.name for variant in self.variants]
-        _require_unique("seeds", self.seeds)
-        _require_unique("variants", variants)
+        families = [variant.family for variant in self.variants if variant.family]
+        _require_unique("variants", [*variants, *dict.fromkeys(families)])
+        _require_unique("tasks", [entry.name for entry in self.tasks])
         for entry in self.tasks:
             _require_unique(f"the grid of task {entry.name}", [axis.name for axis in (*self.grid, *entry.grid)])
+            points = [point for axis in (*self.grid, *entry.grid) for point in axis.points]
+            named = (name for part in (entry, *points) for name in part.variant_models)
+            for name in (*entry.variants, *named):
+                _require_known(f"task {entry.name}", name, [*variants, *families])
         _require_unique("tasks", [task.name for task in self.planned_tasks])
         _require_known("reference", self.reference, variants)
         for variant in self.variants:
             for match in variant.matches:
                 _require_known(f"{variant.name}'s matches", match.variant, variants)
+            if variant.expect:
+                _require_known(f"{variant.name}'s expect", variant.expect.variant, variants)
         for task in self.planned_tasks:
-            for name in (*task.variants, *task.variant_models):
-                _require_known(f"task {task.name}", name, variants)
             if self.reference not in task.variants:
                 raise ValueError(
                     f"task {task.name} leaves out {self.reference}, the reference: add it to the task's variants"
                 )
         return self
 
+    @model_validator(mode="after")
+    def _settings_are_told_apart(self) -> Self:
+        """The names without tuned axes, which name the sections of a report, stand for one thing each."""
+        settings = {task.setting: (task.group, task.untuned_points) for task in self.planned_tasks}
+        for task in self.planned_tasks:
+            if settings[task.setting] != (task.group, task.untuned_points):
+                raise ValueError(
+                    f"tasks holds {task.setting!r} twice, once as a task without its tuned axes: rename one"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _seeds_agree(self) -> Self:
+        _require_unique("seeds", self.seeds)
+        _require_unique("tuning_seeds", self.tuning_seeds)
+        if self.tuning_seeds and not self.is_tuned:
+            raise ValueError("has tuning_seeds, but no axis of a grid with tune = true: add one or leave them out")
+        for variant in self.variants:
+            for seed in self.all_seeds if variant.seed_shift else ():
+                if seed + variant.seed_shift in self.all_seeds:
+                    raise ValueError(
+                        f"{variant.name}'s seed_shift of {variant.seed_shift} makes {seed} into {seed + variant.seed_shift}, which is a seed "
+                        "of the study already: shift further"
+                    )
+        return self
+
     @cached_property
     def planned_tasks(self) -> tuple[PlannedTask, ...]:
         """The tasks with all grids worked out, in the order of the file."""
         return tuple(planned for task in self.tasks for planned in _grid_of(self, task))
+
+    @cached_property
+    def is_tuned(self) -> bool:
+        """Whether any task has a tuned axis."""
+        return any(task.is_tuned for task in self.planned_tasks)
+
+    @property
+    def choosing_seeds(self) -> tuple[int, ...]:
+        """The seeds over which the points of tuned axes are compared; empty where there are none."""
+        return (self.tuning_seeds or self.seeds[:1]) if self.is_tuned else ()
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """All seeds in the order in which they are run: those that choose come first."""
+        return tuple(dict.fromkeys((*self.choosing_seeds, *self.seeds)))
+
+    @property
+    def run_count(self) -> int:
+        """How many runs the study is: of a tuned task, every point at the seeds that choose, and one point at the others."""
+        later = len(self.all_seeds) - len(self.choosing_seeds)
+        single = sum(len(task.variants) * len(self.seeds) for task in self.planned_tasks if not task.is_tuned)
+        tuned = sum(len(task.variants) * len(self.choosing_seeds) for task in self.planned_tasks if task.is_tuned)
+        settings = {task.setting: len(task.variants) for task in self.planned_tasks if task.is_tuned}
+        return single + tuned + later * sum(settings.values())
+
+    def named(self, name: str) -> tuple[str, ...]:
+        """The variants that a name stands for: itself, or a family's members."""
+        return tuple(variant.name for variant in self.variants if variant.family == name) or (name,)
 
     def variant(self, name: str) -> Variant:
         """The variant of that name."""
@@ -214,15 +215,21 @@ def _grid_of(plan: StudyPlan, task: TaskEntry) -> Iterator[PlannedTask]:
         changes: tuple[Settings, ...] = (task, *points)
         variant_models: dict[str, dict[str, Any]] = {}
         for change in changes:
-            for name, fields_changed in change.variant_models.items():
-                variant_models[name] = variant_models.get(name, {}) | fields_changed
+            for family, fields_changed in change.variant_models.items():
+                for name in plan.named(family):
+                    variant_models[name] = variant_models.get(name, {}) | fields_changed
+        kept = [point.name for axis, point in zip(axes, points, strict=True) if not axis.tune]
         yield PlannedTask(
             name="-".join((task.name, *(point.name for point in points))),
             group=task.name,
             title=", ".join((task.title or task.name, *(point.name for point in points))),
             points={axis.name: point.name for axis, point in zip(axes, points, strict=True)},
+            tuned=frozenset(axis.name for axis in axes if axis.tune),
+            setting="-".join((task.name, *kept)),
+            setting_title=", ".join((task.title or task.name, *kept)),
             task=task.task,
-            variants=task.variants or tuple(variant.name for variant in plan.variants),
+            variants=tuple(name for chosen in task.variants for name in plan.named(chosen))
+            or tuple(variant.name for variant in plan.variants),
             model=_merge(*(change.model for change in changes)),
             options=_merge(*(change.options for change in changes)),
             training=_merge(plan.training, *(change.training for change in changes)),
@@ -298,7 +305,7 @@ def parse_plan(text: str, file: str) -> StudyPlan:
 
 
 _FIELDS_OF: Mapping[str, type[BaseModel]] = {
-    "variants": Variant, "tasks": TaskEntry, "grid": Axis, "points": Point, "matches": Match,
+    "variants": Variant, "tasks": TaskEntry, "grid": Axis, "points": Point, "matches": Match, "expect": Expect,
 }  # fmt: skip
 
 

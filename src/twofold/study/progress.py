@@ -56,7 +56,7 @@ class Clock:
     """
 
     def __init__(self, costs: Mapping[str, float]) -> None:
-        self._costs = costs
+        self._costs = dict(costs)
         self._remaining = sum(costs.values())
         self._ended = 0.0
         self._shares_at_start: dict[str, float] = {}
@@ -66,6 +66,11 @@ class Clock:
         share = run.share if run.share > FRESH_SHARE else 0.0
         self._shares_at_start[run.path] = share
         self._remaining -= self._costs[run.path] * share
+
+    def replace(self, expected: Iterable[str], costs: Mapping[str, float]) -> None:
+        """What was counted in the name of ``expected`` turns out to be these."""
+        self._remaining += sum(costs.values()) - sum(self._costs.pop(path) for path in expected)
+        self._costs |= costs
 
     def ended(self, path: str) -> None:
         """A run has ended."""

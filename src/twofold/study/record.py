@@ -29,7 +29,8 @@ class TaskFacts:
 
     ``loss_metric`` is the metric of the central figure (lower is better), ``score`` the headline metric, of which ``higher_is_better``
     speaks. ``group`` is the task's name in the plan and ``points`` what its grid made of it (axis name -> point name; empty without a
-    grid). ``data_hash`` is the SHA-256 of the data, training and held-out.
+    grid). ``data_hash`` is the SHA-256 of the data, training and held-out. ``chance`` is the score of the best guess
+    that does not use what was asked (None: not known), ``held_out_size`` counts examples (0: not known).
     """
 
     title: str
@@ -42,11 +43,16 @@ class TaskFacts:
     train_size: int
     tokens_per_example: int
     data_hash: str
+    held_out_size: int = 0
+    chance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A variant on a task: everything but the seed. ``run`` is a RunSpec's dict without its seed."""
+    """A variant on a task: everything but the seed. ``run`` is a RunSpec's dict without its seed.
+
+    ``fingerprints`` are by the seed under which a run is filed; it is trained from that plus ``seed_shift``.
+    """
 
     task: str
     variant: str
@@ -60,6 +66,7 @@ class Entry:
     data_hash: str
     run: Mapping[str, Any]
     fingerprints: Mapping[int, str]
+    seed_shift: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class PlannedRun:
     @property
     def run(self) -> RunSpec:
         """The whole run as a value."""
-        return RunSpec.from_dict({**self.entry.run, "seed": self.seed})
+        return RunSpec.from_dict({**self.entry.run, "seed": self.seed + self.entry.seed_shift})
 
     def folder(self, study_folder: Path) -> Path:
         """Where the run's files are."""
@@ -101,10 +108,15 @@ class StudyRecord:
 
     @property
     def runs(self) -> Iterator[PlannedRun]:
-        """All planned runs: seed by seed, and within a seed task by task, so that early results compare all variants."""
-        for seed in self.plan.seeds:
+        """All runs that are planned from the start: seed by seed, and within a seed task by task, so that early results compare all variants.
+
+        Of tuned tasks these are all points at the seeds that choose; the others come with the choice (see :mod:`twofold.study.tuning`).
+        """
+        tuned = {task.name for task in self.plan.planned_tasks if task.is_tuned}
+        for seed in self.plan.all_seeds:
             for entry in self.entries:
-                yield PlannedRun(entry=entry, seed=seed)
+                if seed in (self.plan.choosing_seeds if entry.task in tuned else self.plan.seeds):
+                    yield PlannedRun(entry=entry, seed=seed)
 
     def write(self, folder: Path) -> None:
         """Write study.json, whole or not at all."""

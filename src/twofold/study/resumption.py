@@ -64,7 +64,7 @@ def refuse_other_runs(runs: Iterable[PlannedRun], folder: Path) -> None:
     """Raise TwofoldError where a run's folder holds a run of another configuration."""
     for planned in runs:
         stored = read_json(planned.folder(folder) / "run.json")
-        wanted = {**planned.entry.run, "seed": planned.seed}
+        wanted = {**planned.entry.run, "seed": planned.seed + planned.entry.seed_shift}
         changed = [name for name, value in wanted.items() if stored and stored.get(name) != value]
         if changed:
             raise TwofoldError(

@@ -26,6 +26,7 @@ from twofold.study.record import PlannedRun, StudyRecord, TaskFacts, entry_from_
 from twofold.study.results import Results
 from twofold.study.resumption import begun, earlier, refuse_other_runs
 from twofold.study.selection import Selection
+from twofold.study.tuning import Tournament, is_done, runs
 from twofold.training.progress import Progress
 
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -66,7 +67,7 @@ def run_study(
         record = earlier(plan, folder, accept_changes=accept_changes)
         with _Changes(on_change) as changes, Pool(folder / "logs") as pool:
             runner = _Runner(folder, selection, pool, changes, observe)
-            runner.start_workers(workers, enough=None if record is None else len(runner.open_runs(record)))
+            runner.start_workers(workers, enough=None if record is None else runner.count_open_runs(record))
             if record is None:
                 record = runner.expand(plan)
             invocation = {"command": command, "only": list(only), "workers": len(pool.workers), "device": runner.device}
@@ -94,6 +95,8 @@ class _Runner:
         self._current: dict[Worker, tuple[PlannedRun, RunUnderWay]] = {}
         self._clock = Clock({})
         self._training_began = 0.0
+        self._entry_costs: dict[int, float] = {}
+        self._tournament: Tournament | None = None
         self._keep_models = True
         self._an_end_was_noted = False
         self._done = self._failed = self._total = 0
@@ -115,11 +118,23 @@ class _Runner:
         for number in range(count):
             self._pool.start(number % devices if devices else None)
 
-    def open_runs(self, record: StudyRecord) -> list[PlannedRun]:
-        """The selected runs that have not been done. Raises TwofoldError where one's folder holds another run."""
-        selected = [planned for planned in record.runs if self._selection.holds(planned)]
-        refuse_other_runs(selected, self._folder)
-        return [planned for planned in selected if not _is_done(planned.folder(self._folder))]
+    def count_open_runs(self, record: StudyRecord) -> int:
+        """How many selected runs have not been done. Raises TwofoldError where one's folder holds another run."""
+        tournament = self._tournament_of(record)
+        return len(self._open(tournament.known)) + len(tournament.expected)
+
+    def _tournament_of(self, record: StudyRecord) -> Tournament:
+        tournament = Tournament(record, self._folder, self._selection.holds)
+        refuse_other_runs([*tournament.known, *tournament.candidates], self._folder)
+        if record.plan.is_tuned and not tournament.known and not tournament.expected:
+            choosing = " ".join(f"--only seed-{seed}" for seed in record.plan.choosing_seeds)
+            raise TwofoldError(
+                f"Nothing of this can be run yet: other seeds are run at the chosen point of a tuned axis, so run those that choose first ({choosing})."
+            )
+        return tournament
+
+    def _open(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+        return [planned for planned in runs if not is_done(planned.folder(self._folder))]
 
     def expand(self, plan: StudyPlan) -> StudyRecord:
         """Have a worker ask the tasks what they dictate, and check every model of the plan."""
@@ -137,14 +152,15 @@ class _Runner:
 
     def train(self, record: StudyRecord) -> None:
         """Train what is open; returns when all of it has ended."""
-        remaining = self.open_runs(record)
+        self._tournament = tournament = self._tournament_of(record)
+        remaining, expected = self._open(tournament.known), tournament.expected
         record.write(self._folder)
-        self._total = sum(self._selection.holds(planned) for planned in record.runs)
-        self._done = self._total - len(remaining)
-        entry_costs = {id(entry): cost(entry, record.tasks[entry.task]) for entry in record.entries}
-        costs = {planned.path: entry_costs[id(planned.entry)] for planned in remaining}
-        self._queue = deque(_in_order(remaining, costs))
-        self._clock, self._training_began, self._phase = Clock(costs), time.monotonic(), "training"
+        self._total = len(tournament.known) + len(expected)
+        self._done = len(tournament.known) - len(remaining)
+        self._entry_costs = {id(entry): cost(entry, record.tasks[entry.task]) for entry in record.entries}
+        self._queue = deque(_in_order(remaining, self._costs(remaining)))
+        self._clock = Clock(self._costs([*remaining, *expected]))
+        self._training_began, self._phase = time.monotonic(), "training"
         self._keep_models = record.plan.keep_models
         self._settle(record)
         self._changes.note()
@@ -156,11 +172,14 @@ class _Runner:
         self._phase = "finished"
         self._tell()
 
+    def _costs(self, runs: Sequence[PlannedRun]) -> dict[str, float]:
+        return {planned.path: self._entry_costs[id(planned.entry)] for planned in runs}
+
     def _settle(self, record: StudyRecord) -> None:
         """A runner that was killed may have left a run that is done without saying so."""
-        for planned in record.runs:
+        for planned in runs(record, self._folder):
             folder = planned.folder(self._folder)
-            if _is_done(folder) and read_json(folder / "status.json").get("status") != "done":
+            if is_done(folder) and read_json(folder / "status.json").get("status") != "done":
                 write_json(folder / "status.json", {"status": "done", "error": ""})
 
     def _heed(self, answer: Answer) -> None:
@@ -186,6 +205,7 @@ class _Runner:
             self._end(worker, "failed", _killed(answer))
         if worker in self._idle:
             self._idle.remove(worker)
+        self._hand_out()
         if self._queue:
             self._pool.replace(worker)
 
@@ -212,6 +232,13 @@ class _Runner:
         self._clock.ended(planned.path)
         self._done += status == "done"
         self._failed += status == "failed"
+        if self._tournament and (decided := self._tournament.ended(planned)):
+            expected, chosen = decided
+            new = self._open(chosen)
+            self._total += len(chosen) - len(expected)
+            self._done += len(chosen) - len(new)
+            self._clock.replace([run.path for run in expected], self._costs(new))
+            self._queue.extend(new)
         if not self._an_end_was_noted:
             self._an_end_was_noted = True
             self._changes.note()
@@ -304,11 +331,6 @@ def _in_order(runs: list[PlannedRun], costs: dict[str, float]) -> list[PlannedRu
     return [planned for planned in runs if planned.seed != last] + sorted(
         tail, key=lambda planned: -costs[planned.path]
     )
-
-
-def _is_done(folder: Path) -> bool:
-    """Whether a run's folder holds its outcome, which is written last."""
-    return bool(read_json(folder / "outcome.json"))
 
 
 def _cannot_work(answer: Answer) -> str:

@@ -1,6 +1,6 @@
 """Which runs of a study are meant by ``--only``: any subset, named by what the plan names.
 
-A selector is the name of a task (or of the group that a grid made into several), of a point of a grid, of a variant, or ``seed-N``. Selectors of
+A selector is the name of a task (or of the group that a grid made into several), of a point of a grid, of a variant or a family, or ``seed-N``. Selectors of
 one kind add up, different kinds narrow each other: ``reverse sort T64 seed-0`` is two tasks, at one length, with one seed.
 """
 
@@ -19,6 +19,7 @@ class Selection:
 
     def __init__(self, plan: StudyPlan, selectors: Sequence[str]) -> None:
         self._tasks = {task.name: task for task in plan.planned_tasks}
+        self._families = _families(plan)
         known = _known(plan)
         self._chosen: dict[str, set[str]] = {}
         for selector in selectors:
@@ -29,22 +30,32 @@ class Selection:
 
     def holds(self, planned: PlannedRun) -> bool:
         """Whether the run is among those that are meant."""
-        names = _names(self._tasks[planned.entry.task], planned.entry.variant, planned.seed)
+        names = _names(self._tasks[planned.entry.task], planned.entry.variant, planned.seed, self._families)
         return all(chosen & names.get(kind, set()) for kind, chosen in self._chosen.items())
 
 
-def _names(task: PlannedTask, variant: str, seed: int) -> dict[str, set[str]]:
+def _names(task: PlannedTask, variant: str, seed: int, families: Mapping[str, set[str]]) -> dict[str, set[str]]:
     """What one run is called, by kind of name."""
     points = {f"point of {axis}": {point} for axis, point in task.points.items()}
-    return {"task": {task.name, task.group}, **points, "variant": {variant}, "seed": {f"seed-{seed}"}}
+    return {
+        "task": {task.name, task.group, task.setting},
+        **points,
+        "variant": {variant, *families.get(variant, ())},
+        "seed": {f"seed-{seed}"},
+    }
+
+
+def _families(plan: StudyPlan) -> dict[str, set[str]]:
+    return {variant.name: {variant.family} for variant in plan.variants if variant.family}
 
 
 def _known(plan: StudyPlan) -> dict[str, set[str]]:
     known: dict[str, set[str]] = {"task": set()}
+    families = _families(plan)
     for task in plan.planned_tasks:
         for variant in task.variants:
-            for seed in plan.seeds:
-                for kind, names in _names(task, variant, seed).items():
+            for seed in plan.all_seeds:
+                for kind, names in _names(task, variant, seed, families).items():
                     known.setdefault(kind, set()).update(names)
     return known
 
