@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twofold.attention import Attention
 from twofold.errors import TwofoldError
+from twofold.latent_attention import attention_layer
 from twofold.positions import (
     LearnedPositions,
     NoPositions,
@@ -39,6 +40,9 @@ POSITIONS: dict[str, PositionScheme] = {
 NAMED_TIES = [
     Tie.parse(text) for text in ("(Q, K, V)", "(Q=K, V)", "(Q, K=V)", "(Q=K=V)", "(Q=V, K)", "V = Q - K", "2V = -3K")
 ]
+
+
+UNTIED = Tie.parse("(Q, K, V)")
 
 
 @st.composite
@@ -73,11 +77,22 @@ def ties_for(scheme: PositionScheme) -> st.SearchStrategy[Tie]:
     return ties().filter(lambda tie: serves(scheme, tie))
 
 
+def has_latent(scheme: PositionScheme) -> bool:
+    """Whether a layer with these positions can have a latent."""
+    return not scheme.turns_heads and serves(scheme, UNTIED)
+
+
 @st.composite
-def specs(draw: st.DrawFn, *, causal: bool | None = None, positions: str | None = None) -> AttentionSpec:
-    scheme = POSITIONS[positions or draw(st.sampled_from(sorted(POSITIONS)))]
-    tie = draw(ties_for(scheme))
+def specs(
+    draw: st.DrawFn, *, causal: bool | None = None, positions: str | None = None, latent: bool | None = None
+) -> AttentionSpec:
+    """``latent`` None: sometimes one, where the positions allow it."""
+    names = sorted(POSITIONS) if not latent else [name for name in sorted(POSITIONS) if has_latent(POSITIONS[name])]
+    scheme = POSITIONS[positions or draw(st.sampled_from(names))]
     is_causal = draw(st.booleans()) if causal is None else causal
+    if latent or (latent is None and has_latent(scheme) and draw(st.integers(0, 3)) == 0):
+        return draw(latent_specs(scheme, causal=is_causal))
+    tie = draw(ties_for(scheme))
     if not is_causal and draw(st.booleans()):
         with contextlib.suppress(TwofoldError):
             tie = replace(tie, plus=True)
@@ -98,6 +113,23 @@ def specs(draw: st.DrawFn, *, causal: bool | None = None, positions: str | None 
     )
 
 
+@st.composite
+def latent_specs(draw: st.DrawFn, scheme: PositionScheme, *, causal: bool) -> AttentionSpec:
+    heads = draw(st.sampled_from([1, 2, 3]))
+    return AttentionSpec(
+        tie=UNTIED,
+        hidden_size=draw(st.sampled_from([5, 11])),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=draw(st.sampled_from([8, 16])),
+        causal=causal,
+        positions=scheme,
+        use_bias=draw(st.booleans()),
+        window_tokens=draw(st.sampled_from([0, 0, 1, 3, 50])),
+        latent_dim=draw(st.sampled_from([1, 7, 8, 24])),
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     """A layer with float64 weights, and what it reads."""
@@ -109,7 +141,7 @@ class Case:
 
 
 def drawn_layer(spec: AttentionSpec, generator: torch.Generator, backend: str = "auto") -> Attention:
-    layer = Attention(spec, backend=backend).double()
+    layer = attention_layer(spec, backend=backend).double()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.6)
@@ -117,8 +149,8 @@ def drawn_layer(spec: AttentionSpec, generator: torch.Generator, backend: str = 
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, backend: str = "auto", positions: str | None = None) -> Case:
-    spec = draw(specs(positions=positions))
+def cases(draw: st.DrawFn, *, backend: str = "auto", positions: str | None = None, latent: bool | None = None) -> Case:
+    spec = draw(specs(positions=positions, latent=latent))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     batch, tokens = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 7, 13]))
     layer = drawn_layer(spec, generator, backend)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention_strategies import POSITIONS, ties_for
+from attention_strategies import POSITIONS, UNTIED, has_latent, ties_for
 from twofold.models import TwofoldPreTrainedModel, build_model
 from twofold.spec import GPT2_BLOCK, LLAMA_BLOCK, ModelSpec
 from twofold.tie import TiePattern
@@ -54,11 +54,13 @@ FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "set": SET, "image": IMAGE}
 
 @st.composite
 def decoders(draw: st.DrawFn, *, positions: str | None = None) -> ModelSpec:
-    """A causal_lm of two layers: any tie in each, any heads, positions and windows."""
+    """A causal_lm of two layers: any tie in each or a latent, any heads, positions and windows."""
     scheme = POSITIONS[positions or draw(st.sampled_from(sorted(POSITIONS)))]
     pattern = TiePattern(tuple(draw(st.lists(ties_for(scheme), min_size=1, max_size=2))))
+    latent = draw(st.sampled_from([8, 24])) if has_latent(scheme) and draw(st.integers(0, 3)) == 0 else 0
+    pattern = TiePattern((UNTIED,)) if latent else pattern
     kv_heads = draw(st.sampled_from([1, 2, 3]))
-    group = 1 if any(tie.needs_equal_heads for tie in pattern.ties) else draw(st.sampled_from([1, 3]))
+    group = 1 if latent or any(tie.needs_equal_heads for tie in pattern.ties) else draw(st.sampled_from([1, 3]))
     return GPT2.with_changes(
         tie=pattern,
         hidden_size=draw(st.sampled_from([5, 11])),
@@ -66,7 +68,8 @@ def decoders(draw: st.DrawFn, *, positions: str | None = None) -> ModelSpec:
         num_key_value_heads=kv_heads,
         head_dim=draw(st.sampled_from([8, 16])),
         positions=scheme,
-        qk_norm=draw(st.booleans()),
+        qk_norm=not latent and draw(st.booleans()),
+        latent_dim=latent,
         use_bias=draw(st.booleans()),
         norm=draw(st.sampled_from(["layernorm", "rmsnorm"])),
         gated_mlp=draw(st.booleans()),

@@ -2,12 +2,13 @@
 
 Every count is exact and agrees with the thing itself: ``parameters(spec)`` with the sum of ``p.numel()`` over the real model,
 ``cache_bytes(spec, ...)`` with the bytes that the real cache holds. Letters: C hidden_size, H query heads, G KV heads, D head_dim,
-R free projections, S keys; d_r is the length of a shared rotary key (``positions.key_extension_dim``), 0 elsewhere.
+R free projections, S keys, L latent_dim; d_r is the length of a shared rotary key (``positions.key_extension_dim``), 0 elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 
 from twofold.cache_spec import CacheSpec, specs_of_layers
@@ -33,16 +34,26 @@ def attention_parameters(spec: AttentionSpec) -> int:
     C·D for each head of each free projection (H heads of Q, G of K and V) and H·D·C for the output, each with its bias where
     ``use_bias``; to which come what the scheme of positions learns (shared rotary: a query part of d_r per head and one key part;
     relative bias: buckets × H), the 2 scales of D of QK-norm, and the m weights and one bias of the 2-D positions of ``+``.
+    With a latent K and V have L·D for each of H heads and no bias, and the latent has C·L, its bias, and L scales of its norm.
     """
     matrices = _attention_matrices(spec)
-    biases = sum(columns for _, columns in matrices) if spec.use_bias else 0
+    biases = sum(columns for _, columns in _biased_matrices(spec)) if spec.use_bias else 0
     return sum(rows * columns for rows, columns in matrices) + biases + _attention_vectors(spec)
 
 
 def _attention_matrices(spec: AttentionSpec) -> list[tuple[int, int]]:
     """(inputs, outputs) of every linear map of the layer."""
+    from_latent = (spec.latent_dim, spec.columns_of("K"))
+    return _biased_matrices(spec) + [from_latent] * (2 if spec.latent_dim else 0)
+
+
+def _biased_matrices(spec: AttentionSpec) -> list[tuple[int, int]]:
+    """Those that have a bias where ``use_bias``."""
     width, extension = spec.hidden_size, spec.positions.key_extension_dim
-    matrices = [(width, spec.columns_of(role)) for role in spec.tie.free_projections]
+    roles = ("Q",) if spec.latent_dim else spec.tie.free_projections
+    matrices = [(width, spec.columns_of(role)) for role in roles]
+    if spec.latent_dim:
+        matrices.append((width, spec.latent_dim))
     if extension:
         matrices += [(width, spec.num_attention_heads * extension), (width, extension)]
     return [*matrices, (spec.num_attention_heads * spec.head_dim, width)]
@@ -53,7 +64,7 @@ def _attention_vectors(spec: AttentionSpec) -> int:
     numbers = spec.query_dim + spec.head_dim if spec.qk_norm else 0
     if spec.tie.plus:
         numbers += spec.plus_channels + 1
-    return numbers + spec.positions.num_bias_buckets * spec.num_attention_heads
+    return numbers + spec.latent_dim + spec.positions.num_bias_buckets * spec.num_attention_heads
 
 
 def parameters(spec: ModelSpec) -> int:
@@ -97,20 +108,30 @@ def _head_parameters(spec: ModelSpec) -> int:
 
 
 def cached_streams(spec: AttentionSpec) -> list[tuple[int, int]]:
-    """(heads, floats of a head) of every tensor that decoding keeps: the basis of K and V, and the shared rotary key."""
+    """(heads, floats of a head) of every tensor that decoding keeps: the basis of K and V or their latent, and the shared rotary key."""
     streams = [(spec.num_key_value_heads, spec.head_dim)] * spec.tie.cached_tensors
+    streams = [(1, spec.latent_dim)] if spec.latent_dim else streams
     extension = spec.positions.key_extension_dim
     return [*streams, (1, extension)] if extension else streams
 
 
 def cached_floats_per_layer(spec: AttentionSpec) -> int:
-    """Floats that decoding keeps per token in one layer: (rank of the K and V rows)·G·D + d_r."""
+    """Floats that decoding keeps per token in one layer: (rank of the K and V rows)·G·D + d_r, or L + d_r."""
     return sum(heads * dim for heads, dim in cached_streams(spec))
 
 
 def cached_floats_per_token(spec: ModelSpec) -> int:
     """Floats that decoding keeps per token over all layers. For a model that is not causal: what it would keep if it were."""
     return sum(cached_floats_per_layer(attention) for attention in _layers(spec))
+
+
+def mean_cached_floats_per_token(spec: ModelSpec, context: int) -> float:
+    """Floats that the cache of a text of ``context`` tokens holds, over its tokens: :func:`cached_floats_per_token`, but for windows, which forget.
+
+    Raises TwofoldError for a context below 1.
+    """
+    _require_context(context)
+    return sum(cached_floats_per_layer(layer) * _visible(layer, context) for layer in _layers(spec)) / context
 
 
 def cached_bytes_per_token(spec: ModelSpec, dtype: str = "bf16") -> int:
@@ -171,19 +192,24 @@ def training_flops_per_token(spec: ModelSpec, context: int) -> float:
     """
     _require_context(context)
     weights = sum(rows * columns for rows, columns in _matrices(spec)) + _outer_weights_per_token(spec, context)
-    return 3.0 * (2 * weights + _attention_flops(spec, lambda attention: _mean_visible(attention, context)))
+    keys = partial(_mean_visible, context=context)
+    return 3.0 * (2 * weights + _attention_flops(spec, keys, lambda layer: layer.query_dim + layer.head_dim))
 
 
 def decode_flops_per_token(spec: ModelSpec, context: int) -> float:
     """Operations to produce the token at position ``context`` (counted from 1) from a cache of all tokens before it.
 
-    2 for each weight of each linear map and 2·H·(2D + d_r) for each key in sight. Raises TwofoldError for a model that is not causal.
+    2 for each weight of each linear map and 2·H·(2D + d_r) for each key in sight, with a latent 2·H·(2L + d_r): it is read as it is cached.
+    Raises TwofoldError for a model that is not causal.
     """
     _require_context(context)
     if not spec.causal:
         raise TwofoldError("Only a causal model decodes token by token; this one is not causal.")
     weights = sum(rows * columns for rows, columns in _matrices(spec)) + _outer_weights_per_token(spec, 1)
-    return 2.0 * weights + _attention_flops(spec, lambda attention: _visible(attention, context))
+    keys = partial(_visible, tokens=context)
+    return 2.0 * weights + _attention_flops(
+        spec, keys, lambda layer: 2 * layer.latent_dim or layer.query_dim + layer.head_dim
+    )
 
 
 def _matrices(spec: ModelSpec) -> Iterator[tuple[int, int]]:
@@ -203,13 +229,12 @@ def _outer_weights_per_token(spec: ModelSpec, context: int) -> float:
     return spec.hidden_size * (spec.num_labels if spec.architecture == "token_classification" else spec.vocab_size)
 
 
-def _attention_flops(spec: ModelSpec, keys: Callable[[AttentionSpec], float]) -> float:
-    """Products of queries with keys and of weights with values, forward, per token."""
+def _attention_flops(
+    spec: ModelSpec, keys: Callable[[AttentionSpec], float], dims: Callable[[AttentionSpec], int]
+) -> float:
+    """Products of queries with keys and of weights with values, forward, per token; ``dims`` are those of a key and a value together."""
     return sum(
-        2.0
-        * layer.num_attention_heads
-        * (layer.query_dim + layer.head_dim + layer.positions.key_extension_dim)
-        * keys(layer)
+        2.0 * layer.num_attention_heads * (dims(layer) + layer.positions.key_extension_dim) * keys(layer)
         for layer in _layers(spec)
     )
 

@@ -5,7 +5,7 @@ Nothing here prints: :mod:`twofold.picture` draws it in a terminal, ``dataclasse
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import groupby
 from typing import Any
@@ -68,13 +68,14 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """One text as it was written, the ties it names layer by layer, and their cost in a model.
+    """One text as it was written, the ties it names layer by layer, and their cost in a model; ``mechanism`` also names the model's latent.
 
     ``cost`` is None where the model cannot have the ties; ``refusal`` then says why.
     """
 
     written: str
     pattern: str
+    mechanism: str
     layers: tuple[tuple[int, str], ...]
     ties: tuple[TieFacts, ...]
     notes: tuple[str, ...]
@@ -99,7 +100,7 @@ def explain(text: str, model: ModelSpec, *, tokens: int = 32768, dtype: str = "b
     """
     pattern = TiePattern.parse(text)
     notes = [note for note in (_published_note(text), _plus_note(pattern, model)) if note]
-    cost, refusal = None, ""
+    cost, refusal, mechanism = None, "", str(pattern)
     cached_bytes_per_token(model, dtype)  # an unknown dtype is a mistake of the whole question, not of this tie
     try:
         placed = model.with_changes(tie=_without_plus(pattern) if model.causal else pattern)
@@ -107,11 +108,14 @@ def explain(text: str, model: ModelSpec, *, tokens: int = 32768, dtype: str = "b
         refusal = str(error)
     else:
         cost = cost_of(placed, tokens=tokens, dtype=dtype)
+        if model.latent_dim:
+            mechanism, notes = placed.mechanism, [*notes, latent_note(model)]
     return Explanation(
         written=text,
         pattern=str(pattern),
+        mechanism=mechanism,
         layers=tuple((len(list(run)), str(tie)) for tie, run in groupby(pattern.ties)),
-        ties=tuple(facts_of(tie) for tie in dict.fromkeys(pattern.ties)),
+        ties=tuple(facts_of(tie, latent_dim=model.latent_dim) for tie in dict.fromkeys(pattern.ties)),
         notes=tuple(notes),
         cost=cost,
         refusal=refusal,
@@ -133,8 +137,34 @@ def cost_of(model: ModelSpec, *, tokens: int, dtype: str) -> Cost:
     )
 
 
-def facts_of(tie: Tie) -> TieFacts:
-    """What follows from one tie, in data and in words."""
+def facts_of(tie: Tie, *, latent_dim: int = 0) -> TieFacts:
+    """What follows from one tie, in data and in words; with a latent (which a tied layer cannot have) what follows from that too."""
+    facts = _facts_of(tie)
+    if not latent_dim or tie.equations:
+        return facts
+    return replace(
+        facts,
+        meaning=f"The query has weights of its own, keys and values of all heads are made of one latent of {latent_dim} floats.",
+        weights="W_Q, the latent's, and out of the latent W_K and W_V (and W_O)",
+        cached_tensors=1,
+        cached_roles=(),
+        cache=f"1 latent of {latent_dim} floats per token for all heads, read as key and as value",
+        heads="as many KV heads as query heads, which costs no cache",
+    )
+
+
+def latent_note(model: ModelSpec) -> str:
+    """What a model with a latent is beside its tie; empty where it has none."""
+    if not model.latent_dim:
+        return ""
+    key = "and the shared rotary key are" if model.positions.key_extension_dim else "is"
+    return (
+        f"K and V are linear in one latent of {model.latent_dim} floats (MLA), which {key} cached in their place: "
+        "no tie between roles, so it is a field of the model, latent_dim."
+    )
+
+
+def _facts_of(tie: Tie) -> TieFacts:
     expressions = tuple(expression(tie, role) for role in ROLES)
     roles = tuple(role if role == text else f"{role} = {text}" for role, text in zip(ROLES, expressions, strict=True))
     names = tuple(f"W_{name}" for name in tie.free_projections)

@@ -37,6 +37,10 @@ def convert(
     for layout in (source, target):
         if layout not in get_args(Layout):
             raise TwofoldError(f"There is no layout {layout!r}: use one of {', '.join(get_args(Layout))}.")
+    if spec.latent_dim:
+        raise TwofoldError(
+            "A layer with a latent has no other layout: its keys and values are not linear in the layer's input, for the latent is normalised."
+        )
     result = dict(weights)
     for kind in _kinds(spec):
         roles = _roles_from(result, spec, source, prefix, kind)

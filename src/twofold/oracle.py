@@ -79,6 +79,9 @@ def _role(spec: AttentionSpec, weights: Mapping[str, Tensor], states: Tensor, ro
     """A role of one head, [T, D]: its row of M times the free projections."""
     dim = spec.query_dim if role == "Q" else spec.head_dim
     columns = slice(head * dim, (head + 1) * dim)
+    if spec.latent_dim and role != "Q":
+        latent = _rms_norm(_linear(weights, "latent_proj", states), weights["latent_norm.weight"], spec.norm_eps)
+        return _linear(weights, f"{role.lower()}_proj", latent)[:, columns]
     total = states.new_zeros(len(states), dim)
     for coefficient, name in zip(spec.tie.row(role), spec.tie.free_projections, strict=True):
         if coefficient:

@@ -225,8 +225,8 @@ def _cost_table(explanation: Explanation, reference: Explanation) -> Table:
     assert reference.cost
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style=LABEL)
     table.add_column("")
-    alone = explanation.pattern == reference.pattern
-    for name in [explanation.pattern] if alone else [reference.pattern, explanation.pattern, "change"]:
+    alone = explanation.pattern == reference.pattern and explanation.cost == reference.cost
+    for name in [explanation.mechanism] if alone else [reference.mechanism, explanation.mechanism, "change"]:
         table.add_column(name, justify="right", no_wrap=name == "change")
     before = _cost_rows(reference.cost)
     for (label, text, number), (_, old_text, old_number) in zip(_cost_rows(explanation.cost), before, strict=True):
@@ -247,7 +247,7 @@ def comparison(explanations: Sequence[Explanation], reference: Explanation, capt
         table.add_column(header, justify="right", no_wrap=True)
     notes = []
     for explanation in explanations:
-        name = explanation.pattern.replace(" | ", " |\n").replace("; ", ";\n")
+        name = explanation.mechanism.replace(" | ", " |\n").replace("; ", ";\n")
         table.add_row(name, *_mixed_facts(explanation), *_mixed_costs(explanation, reference.cost))
         notes += [f"{explanation.pattern}: {note}" for note in (*explanation.notes, explanation.refusal) if note]
     words = [_Signs(Text(note, style="yellow")) for note in notes]

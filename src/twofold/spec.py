@@ -30,7 +30,8 @@ class AttentionSpec:
 
     Logits are scaled by 1/√(query_dim + positions.key_extension_dim). ``window_tokens`` counts the keys a query may see,
     itself included; 0 means all of them. ``plus_channels`` is the number m of channels of the paper's 2-D positions,
-    used where ``tie.plus`` is set.
+    used where ``tie.plus`` is set. With ``latent_dim`` L > 0 keys and values are linear in a latent of L floats, which is what
+    is cached (MLA, see :mod:`twofold.latent_attention`); 0: none.
     """
 
     tie: Tie
@@ -45,6 +46,7 @@ class AttentionSpec:
     use_bias: bool = False
     window_tokens: int = 0
     plus_channels: int = 10
+    latent_dim: int = 0
 
     def __post_init__(self) -> None:
         _require_positive(self, "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -62,6 +64,28 @@ class AttentionSpec:
         self.positions.check(head_dim=self.head_dim, value_over_key=self.tie.value_over_key)
         if self.query_dim < self.head_dim and self.tie.needs_equal_heads:
             raise TwofoldError(f"{self.tie} ties Q with K or V, so their heads are of one length: drop key_dim.")
+        self._check_latent()
+
+    def _check_latent(self) -> None:
+        heads = self.num_attention_heads
+        if self.latent_dim < 0:
+            raise TwofoldError(f"latent_dim is {self.latent_dim}, but it counts floats: use 0 for no latent.")
+        if not self.latent_dim:
+            return
+        if self.tie.rank < 3 or self.tie.plus:
+            raise TwofoldError(
+                f"latent_dim makes K and V out of one latent, which is no tie between them: use (Q, K, V) with it, not {self.tie}."
+            )
+        if self.num_key_value_heads != heads:
+            raise TwofoldError(
+                f"latent_dim makes a key and a value for every query head: use num_key_value_heads {heads}, not {self.num_key_value_heads}."
+            )
+        if self.qk_norm:
+            raise TwofoldError("latent_dim normalises the latent in place of keys and queries: leave qk_norm out.")
+        if self.positions.turns_heads:
+            raise TwofoldError(
+                f"{self.positions.kind} positions turn keys, which are never made when decoding from a latent: use shared_rotary positions."
+            )
 
     @property
     def scale(self) -> float:
@@ -116,6 +140,7 @@ class ModelSpec:
     norm_eps: float = 1e-5
     window_tokens: tuple[int, ...] = (0,)
     plus_channels: int = 10
+    latent_dim: int = 0
     tie_word_embeddings: bool = True
     dropout: float = 0.0
     initializer_range: float = 0.02
@@ -167,6 +192,11 @@ class ModelSpec:
             window_tokens=self.window_tokens[layer_index % len(self.window_tokens)],
             **{name: getattr(self, name) for name in _SHARED_WITH_ATTENTION},
         )
+
+    @property
+    def mechanism(self) -> str:
+        """The ties in text, and the latent where there is one."""
+        return f"{self.tie}, latent of {self.latent_dim}" if self.latent_dim else str(self.tie)
 
     def with_changes(self, **changes: Any) -> Self:
         """The same model with some fields replaced; everything is checked again."""

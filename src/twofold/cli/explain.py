@@ -23,9 +23,9 @@ from twofold.tie import TiePattern
 if TYPE_CHECKING:
     import torch
 
-    from twofold import attention, kernels, picture
+    from twofold import kernels, latent_attention, picture
 else:
-    torch, attention, kernels = Lazy("torch"), Lazy("twofold.attention"), Lazy("twofold.kernels")
+    torch, latent_attention, kernels = Lazy("torch"), Lazy("twofold.latent_attention"), Lazy("twofold.kernels")
     picture = Lazy("twofold.picture")
 
 EXAMPLES = (
@@ -79,7 +79,7 @@ def command(
     """What a tie means and what it costs: equations, weights, cached tensors, symmetry, parameters, cache."""
     start = find_preset(preset)
     model = sizes.of(start.with_changes(tie=REFERENCE, vocab_size=vocab_size or start.vocab_size))
-    reference = explain_tie(REFERENCE, model, tokens=tokens, dtype=dtype)
+    reference = explain_tie(REFERENCE, model.with_changes(latent_dim=0), tokens=tokens, dtype=dtype)
     explanations = [explain_tie(text, model, tokens=tokens, dtype=dtype) for text in ties]
     if len(explanations) == 1 and explanations[0].refusal:
         raise TwofoldError(explanations[0].refusal)
@@ -118,7 +118,7 @@ def _backend(explanation: Explanation, model: ModelSpec, *, tokens: int, dtype: 
     tie = TiePattern.parse(explanation.pattern).ties[0]
     layer = model.with_changes(tie=tie.without_plus if model.causal else tie).attention(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = attention.problem_of(layer, device=device, dtype=TORCH_DTYPES[dtype], num_queries=1, num_keys=tokens)
+    problem = latent_attention.decoding_problem(layer, device=device, dtype=TORCH_DTYPES[dtype], num_keys=tokens)
     choice = kernels.choose(problem)
     return {"name": choice.name, "why": choice.why, "refused": dict(choice.refused), "device": device, "dtype": dtype}
 

@@ -51,6 +51,7 @@ class Sizes:
     mlp_size: Annotated[int | None, _size("Inner width of the MLP; in proportion to C when C is given alone.", "N")] = (
         None
     )
+    latent_dim: Annotated[int | None, _size("Floats of a latent of which K and V are made (MLA).", "L")] = None
 
     def of(self, model: ModelSpec) -> ModelSpec:
         """The model with these sizes. Raises TwofoldError where they do not fit one another."""
@@ -68,6 +69,7 @@ class Sizes:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
+            latent_dim=self.latent_dim or model.latent_dim,
             intermediate_size=self.mlp_size or max(1, model.intermediate_size * width // model.hidden_size),
         )
 

@@ -107,10 +107,12 @@ def estimate_spec(spec: ModelSpec, name: str, question: Question, ties: Sequence
     limit = spec.positions.max_positions
     holdings: list[Holding] = []
     notes = list(_beyond(limit, question))
-    patterns = [TiePattern.parse(tie) for tie in ties] or [spec.tie, *map(TiePattern.parse, TIES)]
-    for pattern in dict.fromkeys(patterns):
+    patterns = dict.fromkeys((TiePattern.parse(tie), spec.latent_dim) for tie in ties)
+    for pattern, latent_dim in patterns or dict.fromkeys(
+        [(spec.tie, spec.latent_dim), *((TiePattern.parse(tie), 0) for tie in TIES)]
+    ):
         try:
-            tied = spec.with_changes(tie=pattern)
+            tied = spec.with_changes(tie=pattern, latent_dim=latent_dim)
         except TwofoldError as error:
             if ties:
                 raise
@@ -121,7 +123,7 @@ def estimate_spec(spec: ModelSpec, name: str, question: Question, ties: Sequence
         for bits in QUANTIZATIONS:
             if (cache := cache_of(dims, bits)) is not None:
                 count = _spec_count(tied, question.dtype, cache)
-                holdings.append(_held(str(pattern), cache, weights, count, question, limit))
+                holdings.append(_held(tied.mechanism, cache, weights, count, question, limit))
     return Estimate(
         model=name,
         question=question,

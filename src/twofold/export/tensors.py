@@ -3,18 +3,17 @@
 Names follow Hugging Face's optimum: what the next step reads is ``past_key_values.{layer}.{part}``, what a step gives is
 ``present.{layer}.{part}``, and a layer that caches K and V calls them ``key`` and ``value``. Where V = cK there is one tensor, the ``stream``: not
 ``key``, since it is the value as well (and is turned into a key only when it is read), nor optimum's ``key_value``, which is both side by side. The
-one rotary key that all heads share is ``shared_key``.
+one rotary key that all heads share is ``shared_key``, the latent of which keys and values are made ``latent``.
 
 Shapes: B batch, T new tokens, P tokens before them, G KV heads, D head_dim, d_r length of the shared rotary key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twofold.cost import cached_bytes_per_token, cached_floats_per_layer, dtype_bytes
+from twofold.cost import cached_bytes_per_token, cached_floats_per_layer, cached_streams, dtype_bytes
 from twofold.spec import ModelSpec
 
 INPUT_IDS = "input_ids"
@@ -63,13 +62,13 @@ def cached_tensors(spec: ModelSpec) -> tuple[tuple[CachedTensor, ...], ...]:
 
 def _of_layer(spec: ModelSpec, index: int) -> tuple[CachedTensor, ...]:
     attention = spec.attention(index)
-    parts: Sequence[str] = ("key", "value") if attention.tie.value_over_key is None else ("stream",)
-    sizes = dict.fromkeys(parts, (attention.num_key_value_heads, attention.head_dim))
-    if extension := attention.positions.key_extension_dim:
-        sizes["shared_key"] = (1, extension)
+    parts = (
+        ["latent"] if attention.latent_dim else ["stream"] if attention.tie.cached_tensors == 1 else ["key", "value"]
+    )
+    parts += ["shared_key"] if attention.positions.key_extension_dim else []
     return tuple(
         CachedTensor(layer=index, part=part, heads=heads, dim=dim, window_tokens=attention.window_tokens)
-        for part, (heads, dim) in sizes.items()
+        for part, (heads, dim) in zip(parts, cached_streams(attention), strict=True)
     )
 
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from twofold.attention import Attention
 from twofold.cache import LayerView
+from twofold.latent_attention import attention_layer
 from twofold.models.parallel import tensor_parallel_plan
 from twofold.models.sequence import Sequence
 from twofold.spec import ModelSpec
@@ -54,7 +54,7 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, spec: ModelSpec, layer_index: int, backend: str) -> None:
         super().__init__()
         self.attention_norm = norm(spec)
-        self.attention = Attention(spec.attention(layer_index), backend=backend)
+        self.attention = attention_layer(spec.attention(layer_index), backend=backend)
         self.mlp_norm = norm(spec)
         self.mlp = MLP(spec)
         self.dropout = dropout(spec.dropout)

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError
 
-from twofold.explain import REFERENCE, Cost, cost_of, facts_of
+from twofold.explain import REFERENCE, Cost, cost_of, facts_of, latent_note
 from twofold.picture import bytes_text, change_text, count_text
 from twofold.spec import ModelSpec
 
@@ -49,8 +49,9 @@ def card_text(spec: ModelSpec, *, dtype: str, tags: Collection[str] = (), name: 
     listed = "".join(f"- {tag}\n" for tag in dict.fromkeys(("twofold", *tags)))
     meanings = "".join(f"- `{facts.tie}`: {facts.meaning}\n" for facts in map(facts_of, dict.fromkeys(spec.tie.ties)))
     heads = f"{spec.num_attention_heads} query and {spec.num_key_value_heads} KV heads of {spec.head_dim}"
+    meanings += f"\n{note}\n" if (note := latent_note(spec)) else ""
     body = (
-        f"# A {kind} with {spec.tie}\n\n"
+        f"# A {kind} with {spec.mechanism}\n\n"
         f"Made with Twofold, attention that needs fewer than three projections. {spec.num_hidden_layers} layers of {spec.hidden_size}, "
         f"{heads}; queries, keys and values are tied:\n\n{meanings}\n"
         f"## Cost\n\n{_table(spec, dtype)}\n\n"
@@ -68,7 +69,7 @@ def _table(spec: ModelSpec, dtype: str) -> str:
         positions = replace(positions, rotate="read")  # type: ignore[call-arg]
     limit = positions.max_positions
     tokens = min(TOKENS, limit) if limit and spec.architecture == "causal_lm" else TOKENS
-    reference = spec.with_changes(tie=REFERENCE, positions=positions)
+    reference = spec.with_changes(tie=REFERENCE, positions=positions, latent_dim=0)
     costs = [cost_of(model, tokens=tokens, dtype=dtype) for model in (reference, spec)]
     rows = zip(_rows(costs[0], spec, dtype), _rows(costs[1], spec, dtype), strict=True)
     lines = [

@@ -54,6 +54,7 @@ class TwofoldConfig(PreTrainedConfig):
     norm_eps: float = 1e-5
     window_tokens: Any = (0,)
     plus_channels: int = 10
+    latent_dim: int = 0
     tie_word_embeddings: bool = True
     dropout: float = 0.0
     initializer_range: float = 0.02

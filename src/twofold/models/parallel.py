@@ -45,6 +45,8 @@ def check_tensor_parallel(spec: ModelSpec, devices: int) -> None:
 
 def _why_whole(spec: ModelSpec) -> str:
     """What a model has that belongs to all heads at once; empty: nothing."""
+    if spec.latent_dim:
+        return "all of its heads read one latent"
     if spec.positions.key_extension_dim:
         return "all of its heads read one shared rotary key"
     if spec.positions.num_bias_buckets:

@@ -45,6 +45,11 @@ class PositionScheme:
         """Whether the cached stream itself is turned, serves as key and as value, and the head's output is turned back."""
         return False
 
+    @property
+    def turns_heads(self) -> bool:
+        """Whether the scheme turns queries and keys themselves, by :meth:`angles`."""
+        return type(self).angles is not PositionScheme.angles
+
     def check(self, *, head_dim: int, value_over_key: Fraction | None) -> None:
         """Raise TwofoldError if the scheme cannot serve such a layer."""
 
