@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,18 @@ import pytest
 import yaml
 
 from study_fixture import PLAN, ask
-from twofold.cost import cached_floats_per_token, parameters
+from twofold.cost import cached_floats_per_token, parameters, training_flops_per_token
 from twofold.errors import TwofoldError
 from twofold.spec import ModelSpec
 from twofold.study import plan as plans
 from twofold.study.expansion import TaskAnswer, expand
 from twofold.study.plan import StudyPlan, load_plan, parse_plan
-from twofold.study.record import Entry, TaskFacts
+from twofold.study.record import Entry, PlannedRun, TaskFacts
 from twofold.training.spec import RunSpec, TaskSpec
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+TUNED = {"name": "rate", "tune": True, "points": [{"name": "a"}, {"name": "b"}]}
+NAMED = {"name": "T", "points": [{"name": "b"}]}
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -57,6 +63,25 @@ MISTAKES: list[tuple[Change, str]] = [
     (lambda v: v.update(grid=[{"name": "T", "points": []}]), "grid[0] (T).points is [], but"),
     (lambda v: v.update(grid=[{"name": "T", "points": [{"name": "a"}]}] * 2), "the grid of task bytes holds 'T' twice"),
     (lambda v: v.update(grid=[{"name": "T", "points": [{"name": "a"}, {"name": "a"}]}]), "tasks holds 'bytes-a' twice"),
+    (lambda v: v.update(grid=[{"name": "T", "tune": "yes", "points": [{"name": "a"}]}]), "grid[0] (T).tune is 'yes', but it should be a valid boolean."),
+    (lambda v: v.update(tuning_seeds=[0]), "has tuning_seeds, but no axis of a grid with tune = true: add one or leave them out."),
+    (lambda v: v.update(tuning_seeds=[3, 3], grid=[TUNED]), "tuning_seeds holds 3 twice: give each its own."),
+    (lambda v: v.update(tasks=[v["tasks"][0] | {"grid": [TUNED]}, v["tasks"][0] | {"name": "bytes-b"}, v["tasks"][0] | {"grid": [NAMED]}]), "tasks holds 'bytes' twice"),
+    (lambda v: v.update(tasks=[v["tasks"][0] | {"grid": [TUNED, NAMED]}, v["tasks"][0] | {"name": "bytes-b"}]), "tasks holds 'bytes-b' twice, once as a task without its tuned axes: rename one."),
+    (lambda v: v["variants"][4].update(ties=["(Q, K, V)"]), "(gqa-2) has ties, and matches or expect: what a control claims is of one model"),
+    (lambda v: v["variants"][1].update(ties=["(Q, K, V)"]), "variants[1] (kv-tied) has ties and model.tie: leave one of them out."),
+    (lambda v: v["variants"][0].update(ties=["(Q, K"]), "variants[0] (mha) holds '(Q, K', which is no tie: "),
+    (lambda v: v["variants"][0].update(ties=["K = V", "(Q, K=V)"]), "holds the tie 'K = V' twice, perhaps in other words: leave one out."),
+    (lambda v: v["variants"][0].update(ties=["(Q, K=V) | " * 9 + "(Q, K, V)", "(Q, K=V) | (Q=K, V) | " * 9 + "(Q, K, V)"]), "which is too long to be part of a name"),
+    (lambda v: v["variants"].append({"name": "many", "ties": ["(Q, K=V)"]}) or v["variants"].append({"name": "many-Q.KV"}), "variants holds 'many-Q.KV' twice"),
+    (lambda v: v["variants"].append({"name": "many", "ties": ["(Q, K=V)"]}) or v["variants"].append({"name": "many"}), "variants holds 'many' twice"),
+    (lambda v: v["variants"][1].update(expect={"variant": "mha", "outcome": "worse"}), "(kv-tied) promises an outcome in expect, so it is a control: add kind"),
+    (lambda v: v["variants"][4].update(expect={"variant": "mah", "outcome": "worse"}), "gqa-2's expect names 'mah', which is no variant:"),
+    (lambda v: v["variants"][4].update(expect={"variant": "mha", "outcome": "better"}), "variants[4] (gqa-2).expect.outcome is 'better', but it should be 'same' or 'worse'."),
+    (lambda v: v["variants"][4].update(expect={"variant": "mha", "is": "same"}), "variants[4] (gqa-2).expect.outcome is missing; add it."),
+    (lambda v: v["variants"][4].update(expect={"variant": "mha", "outcome": "same", "is": 1}), "(gqa-2).expect.is is not known; the fields there are variant, outcome."),
+    (lambda v: v["variants"][1].update(seed_shift=1), "kv-tied's seed_shift of 1 makes 0 into 1, which is a seed of the study already: shift further."),
+    (lambda v: v["variants"][1].update(seed_shift=-1), "(kv-tied).seed_shift is -1, but it should be greater than or equal to 0."),
 ]  # fmt: skip
 
 
@@ -176,6 +201,10 @@ def test_a_task_is_asked_once_for_each_of_its_options():
          "On task bytes, liar has 32 cached floats per token and kv-tied, which it says it matches, has 64: change its heads or sizes"),
         ({"model": {"tie": "(Q, K=V)"}, "matches": [{"variant": "mha", "in": "parameters"}]},
          "which it says it matches, has"),
+        ({"model": {"tie": "(Q, K=V)"}, "matches": [{"variant": "mha", "in": "flops"}]},
+         "operations of training per token and mha, which it says it matches, has"),
+        ({"expect": {"variant": "mha", "outcome": "same"}},
+         "On task bytes, liar is mha again, with the same seeds, so what it expects cannot fail: give it a seed_shift"),
         ({"model": {"num_key_value_heads": 3}}, "In task bytes, variant liar: "),
         ({"model": {"tie": "(Q=K, V)", "num_key_value_heads": 2}}, "In task bytes, variant liar: "),
         ({"model": {"tie": "(Q, K"}}, "In task bytes, variant liar: "),
@@ -235,6 +264,86 @@ def test_a_variant_that_a_task_leaves_out_need_not_fit_it():
     assert [entry.variant for entry in entries] == ["mha", "kv-tied"]
     with pytest.raises(TwofoldError, match="variant plus: "):
         expand(plan(variants=[*PLAN["variants"], plus]), ask)
+
+
+def test_a_claim_of_equal_operations_counts_what_training_costs():
+    per_token = training_flops_per_token(ModelSpec.from_dict({**PLAN["model"], "vocab_size": 256}), 64)
+    accepted = []
+    for size in range(128, 160):
+        model = {"tie": "(Q, K=V)", "intermediate_size": size}
+        claim = {
+            "name": "wide",
+            "kind": "control",
+            "note": "n",
+            "model": model,
+            "matches": [{"variant": "mha", "in": "flops"}],
+        }
+        own = training_flops_per_token(ModelSpec.from_dict({**PLAN["model"], "vocab_size": 256, **model}), 64)
+        is_near = abs(own / per_token - 1) <= 0.01
+        with nullcontext() if is_near else pytest.raises(TwofoldError, match="operations of training"):
+            expand(plan(variants=[*PLAN["variants"], claim], tasks=[PLAN["tasks"][0]]), ask)
+        accepted += [size] * is_near
+    assert 0 < len(accepted) < 32
+
+
+# Families, shifted seeds, tuned axes
+
+
+def test_a_family_is_one_variant_for_each_tie():
+    family = {
+        "name": "plane", "ties": ["(Q,K,V)", "V = Q - K", "2 V = K + Q", "(Q=K,V) | (Q,K=V)", "K = 2Q; V = -Q"],
+        "kind": "control", "note": "n", "model": {"hidden_size": 48},
+    }  # fmt: skip
+    only = {**PLAN["tasks"][0], "variants": ["mha", "plane"], "variant_models": {"plane": {"intermediate_size": 7}}}
+    study_plan = plan(variants=[*PLAN["variants"], family], tasks=[only])
+    made = {variant.name: variant for variant in study_plan.variants if variant.family == "plane"}
+    assert {name: variant.label for name, variant in made.items()} == {
+        "plane-Q.K.V": "(Q, K, V)", "plane-V.is.Q-K": "V = Q - K", "plane-2V.is.Q+K": "2V = Q + K",
+        "plane-QK.V-then-Q.KV": "(Q=K, V) | (Q, K=V)", "plane-K.is.2Q-and-V.is.-Q": "K = 2Q; V = -Q",
+    }  # fmt: skip
+    assert StudyPlan.model_validate(study_plan.to_dict()) == study_plan
+    _, entries = expand(study_plan, ask)
+    assert [entry.variant for entry in entries] == ["mha", *made]
+    for entry in entries[1:]:
+        assert (entry.kind, entry.run["model"]["hidden_size"], entry.run["model"]["intermediate_size"]) == (
+            "control",
+            48,
+            7,
+        )
+        assert entry.tie == entry.label == made[entry.variant].label
+    labelled = plan(variants=[*PLAN["variants"], family | {"label": "narrow"}], tasks=[only])
+    assert labelled.variant("plane-V.is.Q-K").label == "V = Q - K, narrow"
+
+
+def test_a_shifted_seed_trains_another_run_under_the_same_name():
+    again = {
+        "name": "again", "kind": "control", "note": "n", "seed_shift": 1000,
+        "expect": {"variant": "mha", "outcome": "same"},
+    }  # fmt: skip
+    study_plan = plan(variants=[*PLAN["variants"], again])
+    _, entries = expand(study_plan, ask)
+    by_variant = {entry.variant: entry for entry in entries if entry.task == "bytes"}
+    shifted, plain = (PlannedRun(entry=by_variant[name], seed=1) for name in ("again", "mha"))
+    assert shifted.path == "bytes/again/seed-1"
+    assert (shifted.run.seed, plain.run.seed) == (1001, 1)
+    assert shifted.run.to_dict() | {"seed": 1} == plain.run.to_dict()
+    assert shifted.fingerprint == shifted.run.fingerprint != plain.fingerprint
+
+
+def test_a_tuned_plan_counts_its_runs_and_names_its_settings():
+    tuned = plan(grid=[NAMED, TUNED], tuning_seeds=[1, 9])
+    assert [task.setting for task in tuned.planned_tasks] == ["bytes-b", "bytes-b", "recall-b", "recall-b"]
+    assert tuned.planned_tasks[0].setting_title == "Bytes of source text, b"
+    assert (tuned.choosing_seeds, tuned.all_seeds) == ((1, 9), (1, 9, 0, 2))
+    assert tuned.run_count == 2 * 6 * (2 * 2 + 2)
+    untuned = plan()
+    assert (untuned.choosing_seeds, untuned.all_seeds, untuned.run_count) == ((), (0, 1, 2), 36)
+    assert plan(grid=[TUNED]).choosing_seeds == (0,)
+
+
+@pytest.mark.parametrize("name", [name for name in plans.names() if (RESULTS / name / "report.json").exists()])
+def test_a_plan_that_uses_nothing_new_keeps_the_hash_of_its_results(name: str):
+    assert plans.builtin(name).plan_hash == json.loads((RESULTS / name / "report.json").read_text())["plan_hash"]
 
 
 # The built-in studies

@@ -34,7 +34,7 @@ def command(*, as_json: Json = False) -> None:
         return
     table = Table.grid(padding=(0, 2))
     for study in studies:
-        size = f"{len(study.variants)} variants, {len(study.planned_tasks)} tasks, {len(study.seeds)} seeds: {runs(study):,} runs"
+        size = f"{len(study.variants)} variants, {len(study.planned_tasks)} tasks, {len(study.seeds)} seeds: {study.run_count:,} runs"
         table.add_row(Text(study.name, style="bold cyan"), Text(study.title, style="bold"))
         table.add_row("", Text(study.question))
         table.add_row("", Text(size, style="dim"))
@@ -47,16 +47,11 @@ def command(*, as_json: Json = False) -> None:
     )
 
 
-def runs(study: plan.StudyPlan) -> int:
-    """How many runs a study is."""
-    return len(study.seeds) * sum(len(task.variants) for task in study.planned_tasks)
-
-
 def _as_dict(study: plan.StudyPlan) -> dict[str, Any]:
     return {
         "name": study.name,
         "title": study.title,
         "question": study.question,
-        "runs": runs(study),
+        "runs": study.run_count,
         "plan": study.to_dict(),
     }
