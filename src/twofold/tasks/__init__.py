@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 from twofold.errors import TwofoldError
 from twofold.tasks import (
     anomaly,
+    arithmetic,
     automata,
     capacity,
+    deduction,
     digits,
     images,
     induction,
+    list_functions,
     mad,
     multihop,
     recall,
@@ -24,6 +27,7 @@ from twofold.tasks import (
     state_tracking,
     synthetic,
     text,
+    word_problems,
 )
 from twofold.tasks.options import Options, near_miss, read_options
 from twofold.tasks.task import IGNORED, Batch, Task, TaskKind
@@ -44,6 +48,10 @@ MODULES = (
     multihop,
     automata,
     capacity,
+    arithmetic,
+    list_functions,
+    deduction,
+    word_problems,
     digits,
     images,
     anomaly,

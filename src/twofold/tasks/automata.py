@@ -20,7 +20,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, Batch, TableTask, TaskKind, data_hash, generator
+from twofold.tasks.task import IGNORED, Batch, TableTask, TaskKind, commonest_so_far, data_hash, generator
 
 MAX_FAILURES = 1_000
 
@@ -88,6 +88,7 @@ class AutomataTask(TableTask):
             description=f"Strings of random automata of up to {options.max_states} states, {options.min_strings} to {options.max_strings} strings of each: "
             f"{options.train_size:,} automata for training, {options.held_out_size:,} others held out.",
             tokens_per_example=options.length,
+            chance=self._chance(held_out),
             data_hash=data_hash(train=train, held_out=held_out, automata={"allowed": torch.from_numpy(self._allowed)}),
             model_fields={"architecture": "causal_lm", "vocab_size": options.num_symbols + 2, "causal": True},
         )
@@ -129,6 +130,11 @@ class AutomataTask(TableTask):
             found[index] = self._allowed[row, states]
         found[tokens >= self._options.num_symbols] = False
         return found
+
+    def _chance(self, held_out: dict[str, Tensor]) -> float:
+        """How often an automaton allows the symbol that was commonest so far in its strings."""
+        allowed, labels = self.allowed(held_out), held_out["labels"].numpy()
+        return commonest_so_far(held_out["input_ids"].numpy(), labels, allowed)
 
     def measure(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """As every task, and the sums of allowed predictions and of total variations."""

@@ -61,10 +61,14 @@ class CapacityTask(TableTask):
 
     def __init__(self, options: CapacityOptions) -> None:
         self._options = options
+        held_out = _examples(options, "held_out", options.held_out_size)
+        # The commonest value of a set, every pattern being asked for equally often.
+        commonest = (held_out["values"].numpy()[:, :, None] == np.arange(options.num_values)).sum(axis=1).max(axis=1)
         super().__init__(
             name="capacity",
             train=_examples(options, "train", options.train_size),
-            held_out=_examples(options, "held_out", options.held_out_size),
+            held_out=held_out,
+            chance=float(commonest.mean()) / options.num_patterns,
             description=f"Values of {options.num_patterns} patterns of {options.dimension} signs, asked for by cues with {options.num_turned} turned: "
             f"{options.train_size:,} sets for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.num_patterns + options.num_cues,

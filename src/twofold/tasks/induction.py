@@ -53,6 +53,7 @@ def _load(options: InductionOptions) -> TableTask:
         description=f"Induction: what followed the last of {options.num_triggers} triggers in {options.length} of {options.vocab_size} tokens, "
         f"{options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
         tokens_per_example=options.length,
+        chance=1 / (options.vocab_size - 1),
         model_fields={"architecture": "causal_lm", "vocab_size": options.vocab_size, "causal": True},
     )
 

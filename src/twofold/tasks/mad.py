@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, Batch, TableTask, TaskKind, distinct, generator
+from twofold.tasks.task import IGNORED, Batch, TableTask, TaskKind, commonest_so_far, distinct, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,10 +210,12 @@ def _recall_task(
             scored = drawn["text"] if part_name == "train" and options.train_on_all else drawn["due"]
             return _table(drawn["tokens"], np.where(scored, drawn["tokens"], IGNORED))
 
+        held_out = part("held_out", options.held_out_size)
         return TableTask(
             name=name,
             train=part("train", options.train_size),
-            held_out=part("held_out", options.held_out_size),
+            held_out=held_out,
+            chance=commonest_so_far(held_out["input_ids"].numpy(), held_out["labels"].numpy()),
             description=f"MAD's {what}: {options.length} of {options.vocab_size} tokens, {options.train_size:,} sequences for training, "
             f"{options.held_out_size:,} held out.",
             tokens_per_example=options.length,
@@ -248,6 +250,7 @@ def _memorization(options: MadMemorizationOptions) -> TableTask:
         description=f"MAD's memorization: the fixed values of {num_keys:,} keys, {options.train_size:,} sequences of {options.length // 2} keys for "
         f"training, {options.held_out_size:,} held out.",
         tokens_per_example=options.length,
+        chance=1 / len(values),
         model_fields={
             "architecture": "token_classification",
             "vocab_size": options.vocab_size,
@@ -283,6 +286,7 @@ class CompressionTask(TableTask):
             description=f"MAD's compression: {self._places} tokens read from the state of the one behind them, {options.train_size:,} sequences for "
             f"training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,
+            chance=1 / self._kinds,
             model_fields={
                 "architecture": "token_classification",
                 "vocab_size": options.vocab_size,

@@ -64,6 +64,7 @@ class MultihopTask(FactsTask):
             description=f"Where {options.min_hops} to {options.max_hops} steps lead in a ring of {options.num_entities} names, {options.num_questions} "
             f"questions; {options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,
+            chance=1 / (options.num_entities - 1),
             model_fields={
                 "architecture": "causal_lm",
                 "vocab_size": 1 + options.max_hops + options.vocab_entities,

@@ -87,6 +87,7 @@ class RecallTask(TableTask):
             description=f"Associative recall in MQAR's manner: {options.num_pairs} pairs in {options.length} of {options.vocab_size:,} tokens, "
             f"{options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,
+            chance=1 / options.num_pairs,
             model_fields={"architecture": "causal_lm", "vocab_size": options.vocab_size, "causal": True} | model_fields,
         )
         self._num_pairs = options.num_pairs

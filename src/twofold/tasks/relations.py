@@ -93,6 +93,7 @@ class RelationsTask(FactsTask):
             description=f"Who beats whom, asked in both directions: {options.num_relations} relations in rings of {options.num_entities} names, "
             f"{options.num_questions} questions; {options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,
+            chance=1 / (options.num_entities - 1),
             model_fields={
                 "architecture": "causal_lm",
                 "vocab_size": options.first_entity + options.vocab_entities,

@@ -64,6 +64,7 @@ class SelectiveCopyTask(TableTask):
             description=f"Selective copying in {'MAD' if name.startswith('mad') else 'Mamba'}'s manner: {options.num_tokens} of {options.length:,} "
             f"tokens, {options.vocab_size} kinds, {options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,
+            chance=1 / (options.vocab_size - 2),
             model_fields={
                 "architecture": "token_classification",
                 "vocab_size": options.vocab_size,

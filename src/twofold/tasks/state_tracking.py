@@ -99,6 +99,8 @@ class StateTrackingTask(TableTask):
             description=f"Words of {options.length} elements of {options.group}, a label for the product up to each: {options.train_size:,} for training, "
             f"{options.held_out_size:,} others held out.",
             tokens_per_example=options.length,
+            # The first state is its element; of the others, one element says nothing.
+            chance=(1 + (options.length - 1) / len(table)) / options.length,
             model_fields={
                 "architecture": "token_classification",
                 "vocab_size": len(table),

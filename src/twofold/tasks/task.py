@@ -31,7 +31,8 @@ class Task(ABC):
 
     ``loss_metric`` names the metric of comparison (lower is better), ``score`` the headline metric, of which ``higher_is_better``;
     :meth:`scores` holds both. ``tokens_per_example`` counts the positions that a model computes for one example. ``data_hash`` is the SHA-256
-    of the training and the held-out data. Nothing here depends on anything but the task's options and the files they name.
+    of the training and the held-out data. ``chance`` is the score, a share of right answers, of the best guess that does not use what was asked (None:
+    not known). Nothing here depends on anything but the task's options and the files they name.
     """
 
     loss_metric: ClassVar[str] = "loss"
@@ -48,6 +49,7 @@ class Task(ABC):
         held_out_size: int,
         tokens_per_example: int,
         data_hash: str,
+        chance: float | None = None,
     ) -> None:
         self.name = name
         self.model_fields = model_fields
@@ -56,6 +58,7 @@ class Task(ABC):
         self.held_out_size = held_out_size
         self.tokens_per_example = tokens_per_example
         self.data_hash = data_hash
+        self.chance = chance
 
     @abstractmethod
     def train_batch(self, indices: Tensor) -> Batch:
@@ -83,9 +86,7 @@ class Task(ABC):
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """The cross-entropy of every prediction in nats, as the targets are laid out; 0 where the target is ignored."""
         predictions, targets = self.predictions(logits, batch)
-        losses = F.cross_entropy(
-            predictions.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
+        losses = F.cross_entropy(predictions.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
         return losses.view(targets.shape)
 
     def measure(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -178,3 +179,24 @@ def distinct(draws: np.random.RandomState, rows: int, count: int, below: int) ->
         chosen[:, j] = np.where(taken, last, draw)
     order = draws.random_sample((rows, count)).argsort(axis=1, kind="stable")
     return np.take_along_axis(chosen, order, axis=1)
+
+
+def commonest_so_far(tokens: np.ndarray, labels: np.ndarray, allowed: np.ndarray | None = None) -> float:
+    """The share of scored tokens that are the one which was due most often before, in their own row: a guess that looks nothing up.
+
+    ``tokens`` [N, T] are whole numbers; ``labels`` [N, T] are tokens where they are scored and IGNORED elsewhere. Any token counts that was
+    scored anywhere. Of several that are equally common, and before any came, the smallest is guessed. With ``allowed`` [N, T, V] a
+    guess is right if it is allowed.
+    """
+    rows = np.arange(len(tokens))
+    answers = np.unique(labels[labels != IGNORED])
+    counts = np.zeros((len(tokens), int(answers.max()) + 1), dtype=np.int64)
+    right = 0
+    for place in range(tokens.shape[1]):
+        due = labels[:, place] != IGNORED
+        guess = answers[counts[:, answers].argmax(axis=1)]
+        is_right = guess == labels[:, place] if allowed is None else allowed[rows, place, guess]
+        right += int((is_right & due).sum())
+        token = tokens[:, place].astype(np.int64)
+        counts[rows, np.minimum(token, counts.shape[1] - 1)] += np.isin(token, answers)
+    return right / int((labels != IGNORED).sum())
