@@ -1,7 +1,7 @@
 """A worker that speaks like the real one and trains nothing: what the runner does with good and bad workers, in milliseconds.
 
 Every run is noted in calls.txt of the study's folder. A variant's name says what befalls its runs: "bad" fails, "dies" kills the process, "slow" takes
-STUDY_WORKER_SECONDS, and all others are done at once.
+STUDY_WORKER_SECONDS, and all others are done at once. The data of the task STUDY_WORKER_LACKS are not there.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 
-from study_fixture import ask
+import study_fixture
 from twofold.errors import TwofoldError
-from twofold.study.expansion import expand
+from twofold.study.expansion import TaskAnswer, expand
 from twofold.study.plan import StudyPlan
 from twofold.study.worker import _listen
+from twofold.training.spec import TaskSpec
 
 
 def say(**values: object) -> None:
@@ -29,9 +30,15 @@ def say(**values: object) -> None:
     sys.stdout.flush()
 
 
+def ask(spec: TaskSpec) -> TaskAnswer:
+    if spec.name == os.environ.get("STUDY_WORKER_LACKS"):
+        raise TwofoldError(f"There is no folder data/{spec.name}.")
+    return study_fixture.ask(spec)
+
+
 def expand_plan(command: dict) -> None:
     try:
-        tasks, entries = expand(StudyPlan.model_validate(command["plan"]), ask)
+        tasks, entries = expand(StudyPlan.model_validate(command["plan"]), ask, command["needed"])
     except TwofoldError as error:
         say(event="refused", error=str(error))
         return

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,35 @@ def test_a_plan_that_cannot_be_expanded_is_refused_before_anything_runs(tmp_path
         run(bad, tmp_path)
     assert not (tmp_path / "study.json").exists()
     assert not calls(tmp_path)
+
+
+def test_a_task_without_data_stops_only_who_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    both = plan("tied", tasks=PLAN["tasks"])
+    monkeypatch.setenv("STUDY_WORKER_LACKS", "recall")
+    with pytest.raises(TwofoldError, match="In task recall: There is no folder data/recall"):
+        run(both, tmp_path)
+    results = run(both, tmp_path, only=["bytes"])
+    assert set(results.tasks) == {"bytes"}
+    assert set(results.runs.status) == {"done"}
+    with pytest.raises(TwofoldError, match="There is no folder data/recall"):
+        run(both, tmp_path, only=["recall", "seed-0"])
+    assert set(StudyRecord.read(tmp_path).tasks) == {"bytes"}
+    monkeypatch.delenv("STUDY_WORKER_LACKS")
+    results = run(both, tmp_path)
+    assert list(results.tasks) == ["bytes", "recall"]
+    assert set(results.runs.status) == {"done"}
+    assert len(calls(tmp_path)) == len(set(calls(tmp_path))) == 8
+
+
+def test_what_a_task_has_said_stays_said(tmp_path: Path):
+    results = run(plan("tied", tasks=PLAN["tasks"]), tmp_path)
+    new = StudyRecord.read(tmp_path)
+    facts, entries = new.tasks["bytes"], tuple(entry for entry in new.entries if entry.task == "bytes")
+    old = replace(new, tasks={"bytes": replace(facts, data_hash="old")}, entries=entries)
+    both = resumption.joined(old, new)
+    assert list(both.tasks) == list(results.tasks)
+    assert both.tasks["bytes"].data_hash == "old" != both.tasks["recall"].data_hash
+    assert both.entries == new.entries
 
 
 def test_a_worker_that_cannot_start_ends_the_study_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

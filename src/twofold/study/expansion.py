@@ -8,7 +8,7 @@ torch is (see :mod:`twofold.study.worker`), and this module needs none.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -55,12 +55,16 @@ class _Model:
         return cls(spec=spec, parameters=parameters(spec), cached_floats_per_token=cached_floats_per_token(spec))
 
 
-def expand(plan: StudyPlan, ask: Callable[[TaskSpec], TaskAnswer]) -> tuple[dict[str, TaskFacts], tuple[Entry, ...]]:
+def expand(
+    plan: StudyPlan, ask: Callable[[TaskSpec], TaskAnswer], needed: Collection[str] | None = None
+) -> tuple[dict[str, TaskFacts], tuple[Entry, ...]]:
     """The facts of the plan's tasks and its entries, in the order in which they are run.
+
+    A task that is not ``needed`` (None: all are) and cannot be asked, because its data are not there, is left out.
 
     Raises TwofoldError, naming task and variant, for a model that cannot be and for a control that does not match what it says it matches.
     """
-    return _Expansion(plan, ask).expand()
+    return _Expansion(plan, ask).expand(needed)
 
 
 class _Expansion:
@@ -72,12 +76,17 @@ class _Expansion:
         self._answers: dict[str, TaskAnswer] = {}
         self._models: dict[str, _Model] = {}
 
-    def expand(self) -> tuple[dict[str, TaskFacts], tuple[Entry, ...]]:
+    def expand(self, needed: Collection[str] | None) -> tuple[dict[str, TaskFacts], tuple[Entry, ...]]:
         facts: dict[str, TaskFacts] = {}
         entries: list[Entry] = []
         for task in self.plan.planned_tasks:
             spec = TaskSpec(name=task.task, options=task.options)
-            answer = self._answer(task, spec)
+            try:
+                answer = self._answer(task, spec)
+            except TwofoldError:
+                if needed is None or task.name in needed:
+                    raise
+                continue
             facts[task.name] = _facts(task, answer)
             entries += self._entries(task, spec, answer)
         return facts, tuple(entries)

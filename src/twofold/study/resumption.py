@@ -60,6 +60,20 @@ def begun(record: StudyRecord, folder: Path, invocation: dict[str, Any]) -> Stud
     return replace(record, code_hash=code_hash(), provenance=provenance)
 
 
+def joined(old: StudyRecord | None, new: StudyRecord) -> StudyRecord:
+    """``new``, with what ``old``, a record of the same plan, has said of a task already: its runs were made with those data."""
+    if old is None:
+        return new
+    tasks = {**new.tasks, **old.tasks}
+    entries = [entry for entry in new.entries if entry.task not in old.tasks] + list(old.entries)
+    order = {task.name: place for place, task in enumerate(new.plan.planned_tasks)}
+    return replace(
+        new,
+        tasks={name: tasks[name] for name in sorted(tasks, key=order.__getitem__)},
+        entries=tuple(sorted(entries, key=lambda entry: order[entry.task])),
+    )
+
+
 def refuse_other_runs(runs: Iterable[PlannedRun], folder: Path) -> None:
     """Raise TwofoldError where a run's folder holds a run of another configuration."""
     for planned in runs:

@@ -24,7 +24,7 @@ from twofold.study.progress import Clock, Phase, RunUnderWay, StudyProgress, cos
 from twofold.study.provenance import graphics_processors, usable_cores
 from twofold.study.record import PlannedRun, StudyRecord, TaskFacts, entry_from_dict
 from twofold.study.results import Results
-from twofold.study.resumption import begun, earlier, refuse_other_runs
+from twofold.study.resumption import begun, earlier, joined, refuse_other_runs
 from twofold.study.selection import Selection
 from twofold.study.tuning import Tournament, is_done, runs
 from twofold.training.progress import Progress
@@ -65,11 +65,13 @@ def run_study(
     selection = Selection(plan, only)
     with FolderLock(folder):
         record = earlier(plan, folder, accept_changes=accept_changes)
+        needed = [task.name for task in plan.planned_tasks if selection.wants(task)]
+        is_whole = record is not None and record.tasks.keys() >= set(needed)
         with _Changes(on_change) as changes, Pool(folder / "logs") as pool:
             runner = _Runner(folder, selection, pool, changes, observe)
-            runner.start_workers(workers, enough=None if record is None else runner.count_open_runs(record))
-            if record is None:
-                record = runner.expand(plan)
+            runner.start_workers(workers, enough=runner.count_open_runs(record) if record and is_whole else None)
+            if record is None or not is_whole:
+                record = joined(record, runner.expand(plan, needed))
             invocation = {"command": command, "only": list(only), "workers": len(pool.workers), "device": runner.device}
             runner.train(begun(record, folder, invocation))
     return Results.load(folder)
@@ -136,10 +138,10 @@ class _Runner:
     def _open(self, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
         return [planned for planned in runs if not is_done(planned.folder(self._folder))]
 
-    def expand(self, plan: StudyPlan) -> StudyRecord:
-        """Have a worker ask the tasks what they dictate, and check every model of the plan."""
+    def expand(self, plan: StudyPlan, needed: Sequence[str]) -> StudyRecord:
+        """Have a worker ask the tasks what they dictate, and check every model of the plan; tasks that are not ``needed`` may lack their data."""
         asked = self._idle[0]
-        asked.send({"command": "expand", "plan": plan.to_dict()})
+        asked.send({"command": "expand", "plan": plan.to_dict(), "needed": list(needed)})
         while (answer := self._next_answer()) is None or answer.worker is not asked:
             pass
         if answer.event == "refused":

@@ -28,6 +28,13 @@ class Selection:
                 raise TwofoldError(_sentence(selector, known))
             self._chosen.setdefault(kind, set()).add(selector)
 
+    def wants(self, task: PlannedTask) -> bool:
+        """Whether any run of the task may be meant."""
+        names = _names(task, "", -1, {})
+        return all(
+            chosen & names.get(kind, set()) for kind, chosen in self._chosen.items() if kind not in ("variant", "seed")
+        )
+
     def holds(self, planned: PlannedRun) -> bool:
         """Whether the run is among those that are meant."""
         names = _names(self._tasks[planned.entry.task], planned.entry.variant, planned.seed, self._families)

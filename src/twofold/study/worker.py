@@ -100,7 +100,7 @@ def _serve(command: Mapping[str, Any], say: Say) -> None:
     refusal = "refused" if command["command"] == "expand" else "failed"
     try:
         if command["command"] == "expand":
-            facts, entries = expand(StudyPlan.model_validate(command["plan"]), ask)
+            facts, entries = expand(StudyPlan.model_validate(command["plan"]), ask, command["needed"])
             told = {name: asdict(fact) for name, fact in facts.items()}
             say({"event": "expanded", "tasks": told, "entries": [asdict(entry) for entry in entries]})
         else:
