@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from twofold._version import __version__
-from twofold.cli import doctor, estimate, evaluate, explain, export, generate, study, train
+from twofold.cli import claims, doctor, estimate, evaluate, explain, export, generate, geometry, harness, study, train
 from twofold.cli.commands import Commands
 from twofold.cli.examples import epilog
 from twofold.cli.study import overview, report, run
@@ -22,9 +22,12 @@ COMMANDS: Mapping[str, ModuleType] = MappingProxyType(
         "eval": evaluate,
         "generate": generate,
         "export": export,
+        "geometry": geometry,
+        "harness": harness,
         "study run": run,
         "study report": report,
         "study list": overview,
+        "claims": claims,
         "doctor": doctor,
     }
 )

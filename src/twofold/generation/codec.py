@@ -123,12 +123,17 @@ class _TokenDecoder:
 
 def codec_of(folder: Path, spec: ModelSpec) -> Codec:
     """The tokenizer of a model's folder, or bytes. Raises TwofoldError where there is neither, and for a tokenizer that cannot be read."""
+    return codec_for(folder, spec.vocab_size)
+
+
+def codec_for(folder: Path, vocab_size: int) -> Codec:
+    """:func:`codec_of` a model of so many tokens, whoever made it."""
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         return TokenizerCodec(_tokenizer(folder))
-    if spec.vocab_size == BYTES:
+    if vocab_size == BYTES:
         return ByteCodec()
     raise TwofoldError(
-        f"{folder} holds no tokenizer, and the model's {spec.vocab_size} tokens are no bytes: save the tokenizer beside the model."
+        f"{folder} holds no tokenizer, and the model's {vocab_size} tokens are no bytes: save the tokenizer beside the model."
     )
 
 

@@ -77,7 +77,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The name and shape of every tensor in the folder, from the files' headers alone."""
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
@@ -88,7 +88,8 @@ def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             ) from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors that hold a folder's weights. Raises TwofoldError where there are none, or not all; pickles are not read."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
