@@ -29,6 +29,8 @@ FLOORS = [
     ("training",),
     ("study",),
     ("report",),
+    ("geometry", "harness"),
+    ("claims",),
     ("doctor",),
     ("cli",),
     ("__init__", "__main__"),
@@ -50,6 +52,7 @@ TORCH_FREE = [
     "twofold.study.statistics",
     "twofold.report",
     "twofold.cli",
+    "twofold.claims",
 ]
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
