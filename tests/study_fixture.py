@@ -20,6 +20,7 @@ from twofold.storage import write_json
 from twofold.study.expansion import TaskAnswer, expand
 from twofold.study.plan import StudyPlan
 from twofold.study.record import PlannedRun, StudyRecord
+from twofold.study.tuning import runs
 from twofold.training.spec import TaskSpec
 
 PLAN: dict[str, Any] = {
@@ -102,9 +103,28 @@ def write_study(folder: Path, *, complete: bool = False, plan: dict[str, Any] | 
         state = ("done", "failed", "running", "pending")[min(last_seed, 3)]
         if state != "pending":
             _write_run(planned, folder, state)
-    if not complete:
+    if complete:
+        write_later_runs(folder)
+    else:
         _hold(folder)
     return study_plan
+
+
+def write_later_runs(folder: Path) -> None:
+    """The runs at the chosen points of tuned axes, done."""
+    for planned in runs(StudyRecord.read(folder), folder):
+        if not (planned.folder(folder) / "status.json").exists():
+            _write_run(planned, folder, "done")
+
+
+def set_loss(folder: Path, path: str, loss: float) -> None:
+    """Give a run that is done another loss at its end."""
+    file = folder / "runs" / path / "outcome.json"
+    outcome = json.loads(file.read_text())
+    scores = (
+        {"loss": loss * math.log(2), "bits_per_byte": loss} if "bits_per_byte" in outcome["scores"] else {"loss": loss}
+    )
+    file.write_text(json.dumps(outcome | {"scores": outcome["scores"] | scores}))
 
 
 def _hold(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from twofold.study.statistics import front_frequency, interval, paired_difference, pareto_front
+from twofold.study.statistics import best_frequency, front_frequency, interval, paired_difference, pareto_front
 
 SEEDS = 3
 STUDIES = 2000
@@ -125,6 +125,20 @@ def test_how_often_a_variant_is_on_the_frontier_is_counted_over_all_resamples():
         {name: {s: -v for s, v in by_seed.items()} for name, by_seed in values.items()}, costs, higher_is_better=True
     )
     assert flipped == found
+
+
+def test_how_often_a_variant_is_the_best_is_counted_over_all_resamples():
+    values = {
+        "sure": {0: 1.0, 1: 1.0, 2: 1.0}, "twin": {0: 1.0, 1: 1.0, 2: 1.0}, "shaky": {0: 0.0, 1: 3.5, 2: 3.5},
+        "beaten": {0: 5.0, 1: 5.0, 2: 5.0},
+    }  # fmt: skip
+    found = best_frequency(values)
+    draws = list(itertools.product(range(3), repeat=3))
+    wanted = sum(np.mean([values["shaky"][seed] for seed in draw]) < 1.0 for draw in draws) / len(draws)
+    assert found == pytest.approx({"sure": (1 - wanted) / 2, "twin": (1 - wanted) / 2, "shaky": wanted, "beaten": 0.0})
+    assert sum(found.values()) == pytest.approx(1.0)
+    assert best_frequency({}) == {}
+    assert math.isnan(best_frequency({"a": {0: 1.0, 1: 2.0}, "b": {1: 1.0}})["a"])
 
 
 def test_one_shared_seed_says_nothing_of_chance():

@@ -74,7 +74,10 @@ def test_every_point_is_run_at_the_first_seed_and_the_best_one_at_the_others(tmp
 
 def test_at_its_choices_a_study_has_one_task_per_setting(tmp_path: Path):
     lengths = {"name": "length", "points": [{"name": "T8", "options": {"length": 8}}, {"name": "T9"}]}
-    results = run(plan("tied", tasks=[{**PLAN["tasks"][0], "grid": [lengths, AXIS]}]), tmp_path)
+    study_plan = plan("tied", tasks=[{**PLAN["tasks"][0], "grid": [lengths, AXIS]}])
+    run(study_plan, tmp_path, only=["bytes-T8"])
+    assert len(calls(tmp_path)) == 2 * (3 + 2)
+    results = run(study_plan, tmp_path)
     shown = results.at_choices()
     assert list(shown.tasks) == ["bytes-T8", "bytes-T9"]
     assert shown.tasks["bytes-T9"].points == {"length": "T9"}

@@ -16,6 +16,7 @@ from twofold.study.statistics import PairedDifference
 
 ROW, HEADING, TOP, BOTTOM = 26.0, 34.0, 8.0, 62.0
 LINE = 18.0
+EQUAL = {"cache": "Equal cache", "parameters": "Equal parameters", "flops": "Equal operations of training"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +36,15 @@ class Rows:
 
 
 def differences(section: Section) -> tuple[Rows, ...]:
-    """All differences that have a value: to the reference, sorted; then within equal cache and equal parameters, as the plan matches them."""
+    """All differences that have a value: to the reference, sorted; then within equal cache, parameters or operations, as the plan matches them."""
     to_reference = [
         Row(variant=v, difference=v.difference) for v in section.variants if not v.is_reference and v.difference.n
     ]
     groups = {f"Against {section.reference.label}, the reference": to_reference}
     for match in section.comparisons:
         if match.difference.n:
-            words = "Equal cache" if match.quantity == "cache" else "Equal parameters"
             row = Row(variant=match.variant, difference=match.difference)
-            groups.setdefault(f"{words}: against {match.other.label}", []).append(row)
+            groups.setdefault(f"{EQUAL[match.quantity]}: against {match.other.label}", []).append(row)
     return tuple(
         Rows(heading=heading, rows=tuple(sorted(rows, key=lambda row: row.difference.mean)))
         for heading, rows in groups.items()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from twofold.report import choices
 from twofold.report.curves import Curve, CurveSet
 from twofold.report.forest import Rows, differences
 from twofold.report.numbers import (
@@ -54,6 +55,7 @@ def variant_rows(section: Section) -> list[Row]:
             "tie": "" if variant.tie == variant.label else variant.tie,
             "role": "reference" if variant.is_reference else "control" if variant.kind == "control" else "",
             "note": variant.note,
+            "chosen": choices.cell(section, variant.name),
             "parameters": _range(variant.parameters),
             "floats": _range(variant.cached_floats),
             "cost": cost(section, variant),

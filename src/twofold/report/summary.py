@@ -25,6 +25,7 @@ from twofold.study.statistics import (
     paired_difference,
     pareto_front,
 )
+from twofold.study.tuning import Choice
 
 # A study of more tasks than this shows the points of each grid together instead of one by one.
 MAX_SINGLE_TASKS = 12
@@ -61,7 +62,7 @@ class VariantSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A control against the variant whose cache or parameters it matches, in loss."""
+    """A control against another variant, in loss. ``quantity`` is what they share, or the outcome that the control must have."""
 
     quantity: str
     variant: VariantSummary
@@ -71,7 +72,10 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One task, or one grid of tasks."""
+    """One task, or one grid of tasks.
+
+    ``controls`` are the differences that must come out in one way, ``choices`` the points at which each variant of a tuned task is run.
+    """
 
     name: str
     title: str
@@ -83,6 +87,8 @@ class Section:
     complete_tasks: int
     variants: tuple[VariantSummary, ...]
     comparisons: tuple[Comparison, ...]
+    controls: tuple[Comparison, ...]
+    choices: tuple[Choice, ...]
     front_seeds: int
 
     @property
@@ -207,11 +213,11 @@ class Summary:
         losses, scores = (self._together(tasks, metric) for metric in (facts.loss_metric, facts.score))
         costs = {variant: self._cost(tasks, variant) for variant in losses}
         measured = {variant: by_seed for variant, by_seed in losses.items() if by_seed}
-        means = {
-            variant: (costs[variant], float(np.mean(list(by_seed.values())))) for variant, by_seed in measured.items()
-        }
-        front, frequency = set(pareto_front(means)), front_frequency(measured, costs)
-        shared = set.intersection(*(set(by_seed) for by_seed in measured.values())) if measured else set()
+        # The same model again, from other seeds, is no way to spend the cache.
+        ways = {variant: by_seed for variant, by_seed in measured.items() if not self.plan.variant(variant).seed_shift}
+        means = {variant: (costs[variant], float(np.mean(list(by_seed.values())))) for variant, by_seed in ways.items()}
+        front, frequency = set(pareto_front(means)), front_frequency(ways, costs)
+        shared = set.intersection(*(set(by_seed) for by_seed in ways.values())) if ways else set()
         labels = _labels(
             [self.plan.variant(variant) for variant in losses], {v: self._entries[tasks[0], v] for v in losses}
         )
@@ -232,7 +238,9 @@ class Summary:
             tasks=tasks,
             complete_tasks=self._complete(tasks, facts.loss_metric),
             variants=variants,
-            comparisons=tuple(self._comparisons(variants, losses)),
+            comparisons=tuple(self._comparisons(variants, losses, self._matches)),
+            controls=tuple(self._comparisons(variants, losses, self._expectations)),
+            choices=tuple(choice for (setting, _), choice in self.results.choices.items() if setting in tasks),
             front_seeds=len(shared),
         )
 
@@ -274,14 +282,18 @@ class Summary:
         of_reference = [self._entries[task, self.plan.reference].cached_bytes for task in tasks]
         return float(np.exp(np.mean(np.log(np.array(own) / np.array(of_reference)))))
 
-    def _comparisons(self, variants: Sequence[VariantSummary], losses: Mapping[str, BySeed]) -> list[Comparison]:
+    @property
+    def _matches(self) -> list[tuple[str, str, str]]:
+        return [(match.quantity, own.name, match.variant) for own in self.plan.variants for match in own.matches]
+
+    @property
+    def _expectations(self) -> list[tuple[str, str, str]]:
+        return [(own.expect.outcome, own.name, own.expect.variant) for own in self.plan.variants if own.expect]
+
+    def _comparisons(
+        self, variants: Sequence[VariantSummary], losses: Mapping[str, BySeed], pairs: Sequence[tuple[str, str, str]]
+    ) -> list[Comparison]:
         by_name = {variant.name: variant for variant in variants}
-        pairs = [
-            (match.quantity, variant.name, match.variant)
-            for variant in self.plan.variants
-            for match in variant.matches
-            if variant.name in by_name and match.variant in by_name
-        ]
         found = [
             Comparison(
                 quantity=quantity,
@@ -290,6 +302,7 @@ class Summary:
                 difference=paired_difference(losses[a], losses[b]),
             )
             for quantity, a, b in pairs
+            if a in by_name and b in by_name
         ]
         return sorted(found, key=lambda comparison: (comparison.quantity, comparison.other.index))
 

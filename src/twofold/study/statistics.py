@@ -180,6 +180,23 @@ def front_frequency(
     return {name: count / len(draws) for name, count in counts.items()}
 
 
+def best_frequency(values: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """The share of bootstrap resamples over seeds in which each variant's mean is the lowest; those that tie share the resample.
+
+    Seeds are drawn as in :func:`front_frequency`, and NaN for all means the same.
+    """
+    names = list(values)
+    shared = sorted(set.intersection(*(set(by_seed) for by_seed in values.values()))) if names else []
+    if len(shared) < 2:
+        return dict.fromkeys(names, math.nan)
+    table = np.array([[values[name][seed] for seed in shared] for name in names], dtype=np.float64)
+    draws, _ = resamples(len(shared))
+    means = table[:, draws].mean(axis=2)
+    is_best = means == means.min(axis=0)
+    shares = (is_best / is_best.sum(axis=0)).mean(axis=1)
+    return dict(zip(names, shares.tolist(), strict=True))
+
+
 def resamples(n: int) -> tuple[NDArray[np.int64], str]:
     """Indices [resamples, n] of draws with replacement: all n^n of them where that is few, else a fixed random sample."""
     if n**n <= MAX_EXACT_RESAMPLES:
