@@ -1,6 +1,6 @@
 """Transformers' own tests of models, run on ours, wherever a checkout of Transformers is given: ``TWOFOLD_TRANSFORMERS_CHECKOUT=/its/folder``.
 
-The tests are not in Transformers' wheel. The checkout should be of the release that is installed, and needs ``pip install parameterized``; only its
+The tests are not in Transformers' wheel. The checkout should be of the release that is installed, and needs ``pip install parameterized httpx``; only its
 ``tests`` are read. What is skipped here is named below with its reason; what Transformers' tests skip by themselves, they say (``pytest -rs``).
 """
 

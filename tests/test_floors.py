@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "twofold"
 # From the ground up. A module may import from its own floor and from lower ones.
 FLOORS = [
     ("_version", "errors", "lazy", "lock", "storage"),
-    ("notation", "tie"),
+    ("notation", "tie", "plane"),
     ("positions",),
     ("spec", "cache_spec"),
     ("cost", "presets"),
@@ -24,7 +24,7 @@ FLOORS = [
     ("attention", "latent_attention", "layouts", "oracle", "rotations"),
     ("cache",),
     ("models",),
-    ("export", "generation"),
+    ("existing", "export", "generation"),
     ("tasks",),
     ("training",),
     ("study",),
@@ -39,6 +39,7 @@ FLOORS = [
 TORCH_FREE = [
     "twofold",
     "twofold.tie",
+    "twofold.plane",
     "twofold.positions",
     "twofold.spec",
     "twofold.cache_spec",
@@ -51,8 +52,8 @@ TORCH_FREE = [
     "twofold.study.results",
     "twofold.study.statistics",
     "twofold.report",
-    "twofold.cli",
     "twofold.claims",
+    "twofold.cli",
 ]
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

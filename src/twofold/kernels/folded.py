@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twofold.kernels.inputs import Inputs, Problem
+from twofold.kernels.inputs import Inputs, Mask, Problem
 
 NAME = "folded"
 
@@ -22,20 +22,39 @@ def supports(problem: Problem) -> str:
 
 def attend(inputs: Inputs) -> Tensor:
     """[B, H, T, D]."""
-    query, key, value = inputs.scale * inputs.query, inputs.key, inputs.value
-    if inputs.key_rotation is not None:
-        key = inputs.key_rotation.turn(key)
-    num_queries, head_dim = query.shape[2], key.shape[3]
-    logits = _product(query[..., :head_dim], key.transpose(-1, -2))
+    query, key = inputs.scale * inputs.query, inputs.key
+    head_dim = key.shape[3]
+    logits = _of_keys(query[..., :head_dim], inputs)
     if inputs.key_extension is not None:
         logits = logits + _product(query[..., head_dim:], inputs.key_extension.transpose(-1, -2))
     if inputs.bias is not None:
         logits = logits + inputs.bias
-    allowed = inputs.mask.allowed(num_queries, key.shape[2], query.device)
+    return _product(weights_of(logits, inputs.mask), inputs.value)
+
+
+def weights_of(logits: Tensor, mask: Mask) -> Tensor:
+    """The softmax of logits [B, H, T, S] over the keys that ``mask`` allows; 0 for a query that may see none."""
+    num_queries, num_keys = logits.shape[2:]
+    if mask.is_plain(num_queries, num_keys) and (num_queries == 1 or not mask.causal):
+        return torch.softmax(logits, dim=-1)
+    allowed = mask.allowed(num_queries, num_keys, logits.device)
     # A row without keys is no softmax: let it see all of them, and drop what it saw.
     sees = allowed.any(dim=-1, keepdim=True)
-    hidden = torch.zeros_like(allowed, dtype=query.dtype).masked_fill(sees & ~allowed, -torch.inf)
-    return _product(torch.softmax(logits + hidden, dim=-1), value) * sees
+    hidden = torch.zeros_like(allowed, dtype=logits.dtype).masked_fill(sees & ~allowed, -torch.inf)
+    return torch.softmax(logits + hidden, dim=-1) * sees
+
+
+def _of_keys(query: Tensor, inputs: Inputs) -> Tensor:
+    """q · R(s ⊙ k), [B, H, T, S]. No copy is made of the dimensions of the key that do not turn: their scale is the query's."""
+    key, rotation, scale = inputs.key, inputs.key_rotation, inputs.key_scale
+    if rotation is not None and 2 * rotation.cosine.shape[-1] == key.shape[3]:
+        return _product(query, inputs.whole_key.transpose(-1, -2))
+    scaled = query if scale is None else query * scale
+    if rotation is None:
+        return _product(scaled, key.transpose(-1, -2))
+    still = _product(rotation.without_turning(scaled), key.transpose(-1, -2))
+    turned = rotation.turned(key, scale)
+    return still + _product(rotation.turning(query), turned.transpose(-1, -2))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
-    """Turns dimension i with dimension i + ``distance`` for i < n; ``cosine`` and ``sine`` are [S, n], one row per position."""
+    """Turns dimension i with dimension i + ``distance`` for i < n.
+
+    ``cosine`` and ``sine`` are [S, n], one row per position, or [B, 1, S, n] where the texts of a batch stand at positions of their own.
+    """
 
     cosine: Tensor
     sine: Tensor
@@ -32,16 +35,27 @@ class Rotation:
             parts.append(x[..., self.distance + n :])
         return torch.cat(parts, dim=-1)
 
+    def turned(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Of x [..., S, D], times ``scale`` [D], the dimensions that turn alone, turned: [..., S, 2n], first all a, then all b."""
+        turning = self.turning(x) if scale is None else self.turning(x) * self.turning(scale)
+        a, b = turning.chunk(2, dim=-1)
+        return torch.cat((a * self.cosine - b * self.sine, b * self.cosine + a * self.sine), dim=-1)
+
+    def turning(self, x: Tensor) -> Tensor:
+        """The dimensions that turn, as they are: [..., D] -> [..., 2n]."""
+        n = self.cosine.shape[-1]
+        return torch.cat((x[..., :n], x[..., self.distance : self.distance + n]), dim=-1)
+
+    def without_turning(self, x: Tensor) -> Tensor:
+        """A copy of x [..., D] with 0 in the dimensions that turn."""
+        n, rest = self.cosine.shape[-1], x.clone()
+        rest[..., :n] = 0
+        rest[..., self.distance : self.distance + n] = 0
+        return rest
+
     def turn_back(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`turn`."""
         return Rotation(cosine=self.cosine, sine=-self.sine, distance=self.distance).turn(x)
-
-    def last(self, count: int) -> Rotation:
-        """The rotation of the last ``count`` positions."""
-        start = self.cosine.shape[0] - count
-        return (
-            self if not start else Rotation(cosine=self.cosine[start:], sine=self.sine[start:], distance=self.distance)
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +125,10 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """softmax(scale · [q_1 ; q_2][R(k) ; r]ᵀ + bias) v over the keys that ``mask`` allows; a query that may see none gets 0.
+    """softmax(scale · [q_1 ; q_2][R(s ⊙ k) ; r]ᵀ + bias) v over the keys that ``mask`` allows; a query that may see none gets 0.
 
     ``query`` [B, H, T, D + d_r]; ``key`` and ``value`` [B, G, S, D], the very same tensor where V is proportional to K, so that a backend can read
-    it once; ``key_extension`` [B, 1, S, d_r], r; ``key_rotation``, R, turns keys (not the extension, not values) when they are read;
+    it once; ``key_scale`` [D], s; ``key_extension`` [B, 1, S, d_r], r; ``key_rotation``, R, turns keys (not the extension, not values) when they are read;
     ``bias`` is broadcastable to [B, H, T, S]. A list ``weights`` is given the softmax itself, [B, H, T, S].
     """
 
@@ -123,6 +137,7 @@ class Inputs:
     value: Tensor
     mask: Mask
     scale: float
+    key_scale: Tensor | None = None
     key_extension: Tensor | None = None
     key_rotation: Rotation | None = None
     bias: Tensor | None = None
@@ -132,6 +147,12 @@ class Inputs:
     def shares_value(self) -> bool:
         """Whether one tensor is key and value."""
         return self.key is self.value
+
+    @property
+    def whole_key(self) -> Tensor:
+        """R(s ⊙ k) [B, G, S, D], for backends that make it; the key itself where nothing is done to it."""
+        key = self.key if self.key_scale is None else self.key * self.key_scale
+        return key if self.key_rotation is None else self.key_rotation.turn(key)
 
     @property
     def problem(self) -> Problem:

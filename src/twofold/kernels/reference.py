@@ -18,9 +18,7 @@ def supports(problem: Problem) -> str:
 
 def attend(inputs: Inputs) -> Tensor:
     """[B, H, T, D]."""
-    query, key, value = inputs.query, inputs.key, inputs.value
-    if inputs.key_rotation is not None:
-        key = inputs.key_rotation.turn(key)
+    query, key, value = inputs.query, inputs.whole_key, inputs.value
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     if inputs.key_extension is not None:

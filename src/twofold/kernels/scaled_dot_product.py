@@ -38,9 +38,7 @@ def attend(inputs: Inputs) -> Tensor:
 
 def _key_and_value(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Keys and values of one length: the fused kernels take no other, and without them the call is slower and holds all T × S weights."""
-    key, value = inputs.key, inputs.value
-    if inputs.key_rotation is not None:
-        key = inputs.key_rotation.turn(key)
+    key, value = inputs.whole_key, inputs.value
     if inputs.key_extension is None:
         return key, value
     extension = inputs.key_extension.expand(-1, key.shape[1], -1, -1)

@@ -104,7 +104,7 @@ def attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     num_queries, num_values = query.shape[2], value.shape[3]
-    said, bias = _mask_and_bias(attention_mask, bias, query, is_causal=is_causal)
+    said, bias = mask_and_bias(attention_mask, bias, query, is_causal=is_causal)
     if num_values < key.shape[3]:  # kernels read keys and values of one length; what the zeros give is cut off again
         value = F.pad(value, (0, key.shape[3] - num_values))
     if said.causal and num_queries == 1:
@@ -122,7 +122,7 @@ def attention(
     return output[..., :num_values].transpose(1, 2).contiguous(), None
 
 
-def _mask_and_bias(
+def mask_and_bias(
     attention_mask: Tensor | None, bias: Tensor | None, query: Tensor, *, is_causal: bool
 ) -> tuple[Mask, Tensor | None]:
     """The mask in words, and what is added to the logits."""

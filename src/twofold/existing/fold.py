@@ -1,0 +1,81 @@
+"""Values from keys: with as many KV heads as query heads, V = (K - b_K) F + b_V, F = W_K⁻¹ W_V, without retraining.
+
+What is cached is rounded to the cache's dtype, and F makes that rounding larger: how much larger is known beforehand, from the weights alone. All of this
+is computed in float64.
+
+Source: "Slim attention" (2503.05840), equation 2, which has no biases and no rounding.
+
+Shapes: C hidden_size, N = heads · head_dim outputs of a projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kept = Literal["keys", "values"]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """x -> x W + b in float64: ``weight`` [C, N], ``bias`` [N]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    @property
+    def variances(self) -> Tensor:
+        """Mean squares [N] of the outputs for inputs of unit variance, as a norm makes them."""
+        return self.weight.square().sum(dim=0) + self.bias.square()
+
+
+@dataclass(frozen=True)
+class Fold:
+    """How one of K and V follows from the other: lost = kept F + offset; F [N, N], offset [N].
+
+    ``condition`` is the condition number of the kept projection; ``error`` the root mean square of what rounding the kept one to ``epsilon`` does to the
+    lost one, over the root mean square of the lost one.
+    """
+
+    kept: Kept
+    matrix: Tensor
+    offset: Tensor
+    condition: float
+    error: float
+
+
+def fold(kept: Kept, source: Projection, target: Projection, epsilon: float) -> Fold | None:
+    """The map from ``source`` (what is kept) to ``target``; None where the kept projection has no inverse.
+
+    Rounding moves every kept number by a relative error of root mean square ε/√12 (ε, ``epsilon``, is the spacing of numbers at 1; errors are even over
+    half of it, on average over a binade a little less), independently of one another. So the lost ones move by Σ_i σ_i² F_ij² · ε²/12 in the mean square.
+    """
+    rows, columns = source.weight.shape
+    if rows != columns or not bool(torch.isfinite(source.weight).all()):
+        return None
+    values = torch.linalg.svdvals(source.weight)
+    if not bool(values[-1] > values[0] * torch.finfo(torch.float64).eps * rows):
+        return None
+    matrix = torch.linalg.solve(source.weight, target.weight)
+    moved = (source.variances[:, None] * matrix.square()).sum()
+    return Fold(
+        kept=kept,
+        matrix=matrix,
+        offset=target.bias - source.bias @ matrix,
+        condition=float(values[0] / values[-1]),
+        error=float((moved / target.variances.sum()).sqrt() * epsilon / 12**0.5),
+    )
+
+
+def measured_error(
+    found: Fold, source: Projection, target: Projection, dtype: torch.dtype, *, samples: int = 256
+) -> float:
+    """What rounding to ``dtype`` does, measured on drawn inputs of unit variance: the error of the lost ones over their size."""
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(samples, source.weight.shape[0], dtype=torch.float64, generator=draw).to(source.weight.device)
+    kept = (inputs @ source.weight + source.bias).to(dtype).double()
+    lost = inputs @ target.weight + target.bias
+    return float((kept @ found.matrix + found.offset - lost).square().mean().sqrt() / lost.square().mean().sqrt())

@@ -1,0 +1,245 @@
+"""Half the cache of a model that others trained, in place, and back again.
+
+    import twofold
+    report = twofold.halve(model)     # its own generate, caches and files go on to work
+    twofold.restore(model)
+
+A layer is halved by doing another forward in place of its own; no weight is changed, so a saved model is the one that it was. All layers are looked at
+before the first is touched: a model that is refused is as it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from twofold.errors import TwofoldError
+from twofold.existing import multi_head, shared_norm
+from twofold.existing.fold import Fold, Kept, Projection, fold, measured_error
+from twofold.existing.key_rotations import KeyRotations
+
+Keep = Literal["auto", "keys", "values"]
+DEFAULT_MAX_ERROR = 0.02
+"""The error of values (or keys) made from rounded ones, relative to their size, up to which a layer is halved."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one attention layer.
+
+    ``kept`` is what its cache holds now: the "stream" that is key and value, "keys", "values", or "both" where it is as it was, with the ``reason``.
+    ``cached_floats`` counts those of a token, before and after; ``window_tokens`` is how many tokens are held at most, 0: all. For multi-head layers
+    ``condition`` is that of the kept projection, ``predicted_error`` and ``measured_error`` are what rounding in the cache does to the other.
+    """
+
+    name: str
+    kept: Literal["stream", "keys", "values", "both"]
+    reason: str
+    cached_floats: tuple[int, int]
+    window_tokens: int = 0
+    condition: float = 1.0
+    predicted_error: float = 0.0
+    measured_error: float = 0.0
+
+    @property
+    def is_halved(self) -> bool:
+        """Whether it holds one tensor."""
+        return self.kept != "both"
+
+
+@dataclass(frozen=True)
+class HalvingReport:
+    """What became of every attention layer that has a cache of its own."""
+
+    model: str
+    dtype: torch.dtype
+    layers: tuple[LayerReport, ...]
+
+    def cache_bytes(self, tokens: int, *, halved: bool = True) -> int:
+        """Bytes of the cache of one text of ``tokens``, after or before."""
+        kept = (min(tokens, layer.window_tokens or tokens) * layer.cached_floats[halved] for layer in self.layers)
+        return sum(kept) * self.dtype.itemsize
+
+    @property
+    def num_halved(self) -> int:
+        """Layers that hold one tensor now."""
+        return sum(layer.is_halved for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A layer, its new forward (None: it keeps its own), and what will be said of it (None: it has no cache of its own)."""
+
+    layer: Any
+    report: LayerReport | None
+    forward: Any = None
+
+
+def halve(model: nn.Module, *, keep: Keep = "auto", max_error: float = DEFAULT_MAX_ERROR) -> HalvingReport:
+    """Let every layer of a Transformers model whose keys and values are one tensor keep that one tensor, and say what became of each.
+
+    ``keep`` is for multi-head models: keep keys, values, or whichever the other is better made from. Layers beyond ``max_error`` are left as they are.
+    Raises TwofoldError, one sentence, and changes nothing, for a model that cannot be halved at all.
+    """
+    _check_state(model)
+    plans = list(_plans(model, keep, max_error))
+    reports = tuple(plan.report for plan in plans if plan.report is not None)
+    if not any(report.is_halved for report in reports):
+        reasons = dict.fromkeys(report.reason for report in reports)
+        raise TwofoldError(f"No layer of {type(model).__name__} can be halved: {'; '.join(reasons)}.")
+    shared_norm.check_pairs(model)
+    for plan in plans:
+        if plan.forward is not None:
+            _set_forward(plan.layer, plan.forward)
+    return HalvingReport(model=type(model).__name__, dtype=_dtype(model), layers=reports)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`halve`; a model that is not halved stays as it is."""
+    for layer in model.modules():
+        if is_halved(layer):
+            if hasattr(layer, "_hf_hook"):
+                layer._old_forward = layer._twofold_forward
+            else:
+                del layer.forward
+            del layer._twofold_forward
+
+
+def is_halved(module: nn.Module) -> bool:
+    """Whether a module is a layer that was halved."""
+    return "_twofold_forward" in vars(module)
+
+
+def _set_forward(layer: Any, forward: Any) -> None:
+    """Put ``forward`` in the place of the layer's own; under Accelerate's hooks, which move tensors between devices, below those."""
+    hooked = hasattr(layer, "_hf_hook")
+    layer._twofold_forward = layer._old_forward if hooked else None
+    if hooked:
+        layer._old_forward = forward
+    else:
+        layer.forward = forward
+
+
+def _check_state(model: nn.Module) -> None:
+    name = type(model).__name__
+    if any(is_halved(module) for module in model.modules()):
+        raise TwofoldError(f"This {name} is halved already: call twofold.restore(model) first.")
+    if model.training:
+        raise TwofoldError(f"This {name} is in training: halving serves inference, so call model.eval() first.")
+    if any(hasattr(module, "lora_A") or hasattr(module, "base_layer") for module in model.modules()):
+        raise TwofoldError(f"This {name} carries adapters that are not merged: call merge_and_unload() first.")
+    parameters = list(model.named_parameters())
+    for parameter_name, parameter in parameters:
+        if parameter.is_meta:
+            raise TwofoldError(
+                f"{parameter_name} of this {name} is on the meta device and holds no numbers: load its weights first."
+            )
+        if hasattr(parameter, "placements"):
+            raise TwofoldError(
+                f"{parameter_name} of this {name} is split over devices: halve each model as a whole, without tensor parallelism."
+            )
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def _plans(model: nn.Module, keep: Keep, max_error: float) -> Iterator[_Plan]:
+    found = False
+    for name, layer in model.named_modules():
+        kind = type(layer).__name__
+        family = multi_head.family_of(layer)
+        if kind == "DeepseekV4Attention":
+            raise TwofoldError(
+                f"{type(model).__name__} already caches one tensor that is key and value: there is nothing to halve."
+            )
+        if kind in shared_norm.CLASSES:
+            yield _shared_norm_plan(model, name, layer)
+        elif family is not None and getattr(layer, "layer_idx", None) is not None and _decodes(layer):
+            yield _multi_head_plan(model, name, layer, family, (keep, max_error))
+        else:
+            continue
+        found = True
+    if not found:
+        classes = (*shared_norm.CLASSES, *multi_head.FAMILIES)
+        known = ", ".join(sorted(known.removesuffix("Attention") for known in classes))
+        raise TwofoldError(f"{type(model).__name__} has no attention that is known here: known are {known}.")
+
+
+def _decodes(layer: Any) -> bool:
+    """Whether a layer is one of a decoder: an encoder's has no cache."""
+    return bool(getattr(layer, "is_decoder", True))
+
+
+def _shared_norm_plan(model: nn.Module, name: str, layer: Any) -> _Plan:
+    if getattr(layer, "is_kv_shared_layer", False):
+        return _Plan(layer, None)  # it reads what an earlier layer has cached
+    reads_only = shared_norm.reads_only(layer)
+    reason = shared_norm.why_not(layer)
+    floats = layer.k_proj.out_features
+    window = (layer.sliding_window or 0) if layer.is_sliding else 0
+    forward = None
+    if not reason:
+        with _reason(model, name):
+            forward = shared_norm.SharedNormForward(layer, shared_norm.rotary_of(model, name))
+    if reads_only:
+        return _Plan(layer, None, forward)
+    counts = (2 * floats, floats if forward else 2 * floats)
+    report = LayerReport(name, "stream" if forward else "both", reason, counts, window_tokens=window)
+    return _Plan(layer, report, forward)
+
+
+def _multi_head_plan(
+    model: nn.Module, name: str, layer: Any, family: multi_head.Family, choice: tuple[Keep, float]
+) -> _Plan:
+    floats = multi_head.num_heads(layer)[1] * multi_head.head_dim(layer)
+    both = LayerReport(name, "both", multi_head.why_not(layer, family), (2 * floats, 2 * floats))
+    if both.reason:
+        return _Plan(layer, both)
+    keep, max_error = choice
+    with _reason(model, name):
+        found, error = _best_fold(layer, family, keep)
+        rotations = None
+        if family.rotary:
+            dims = getattr(layer, "rotary_ndims", multi_head.head_dim(layer))
+            rotations = KeyRotations.of(shared_norm.rotary_of(model, name), None, dims)
+    if found is None:
+        return _Plan(layer, replace(both, reason="the projection that would be kept has no inverse"))
+    said = replace(both, condition=found.condition, predicted_error=found.error, measured_error=error)
+    if not error <= max_error:
+        reason = f"rounding in the cache would move the other by {error:.2g} of its size, more than max_error = {max_error:g}"
+        return _Plan(layer, replace(said, reason=reason))
+    forward = multi_head.MultiHeadForward(layer, family, found, rotations)
+    return _Plan(layer, replace(said, kept=found.kept, cached_floats=(2 * floats, floats)), forward)
+
+
+def _best_fold(layer: Any, family: multi_head.Family, keep: Keep) -> tuple[Fold | None, float]:
+    """The way to make one from the other that rounding harms least, and by how much, measured."""
+    key, value = multi_head.projections(layer, family)
+    if keep == "values" and family.rotary:
+        raise TwofoldError("its keys turn with their positions, so they are made from no values: keep keys")
+    dtype = getattr(layer, family.output).weight.dtype
+    ways: dict[Kept, tuple[Projection, Projection]] = {"keys": (key, value), "values": (value, key)}
+    best: tuple[Fold | None, float] = None, math.inf
+    for kept, (source, target) in ways.items():
+        if keep not in ("auto", kept) or (kept == "values" and family.rotary):
+            continue
+        found = fold(kept, source, target, torch.finfo(dtype).eps)
+        if found is not None and (error := measured_error(found, source, target, dtype)) < best[1]:
+            best = found, error
+    return best
+
+
+@contextmanager
+def _reason(model: nn.Module, name: str) -> Iterator[None]:
+    """An error about one layer becomes one about the model, which says where."""
+    try:
+        yield
+    except TwofoldError as error:
+        raise TwofoldError(f"{name} of {type(model).__name__} cannot be halved: {error}.") from None

@@ -1,0 +1,91 @@
+"""How keys turn when they are read, in a model that others wrote: by the model's own table, at the positions where the keys stand.
+
+Transformers hands a layer the cosines and sines of the new tokens only, because it caches keys that are turned already. A cache of keys as they were
+projected needs those of all tokens. They are taken from the model's own rotary module, so that they are its numbers, bit for bit.
+
+Shapes: B batch, T new tokens, S keys, D head_dim, n pairs that turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twofold.errors import TwofoldError
+from twofold.kernels import Rotation
+
+# Frequencies that depend on how long the text is would turn the keys of a text differently as it grows.
+_FIXED_TYPES = frozenset({"default", "linear", "proportional", "yarn", "llama3"})
+
+
+@dataclass
+class KeyRotations:
+    """The turning of keys by a model's rotary module; ``layer_type`` names one of several kinds of layer, where the module has them."""
+
+    module: nn.Module
+    layer_type: str | None
+    pairs: int
+    distance: int
+    _tables: dict[tuple[torch.device, torch.dtype], Rotation] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module, layer_type: str | None, rotary_dim: int) -> KeyRotations:
+        """Raises TwofoldError for frequencies that change with the length of the text."""
+        kinds: Any = getattr(module, "rope_type", "default")
+        kind = kinds.get(layer_type, "default") if isinstance(kinds, dict) else kinds
+        if kind not in _FIXED_TYPES:
+            raise TwofoldError(
+                f"its rotary positions are {kind!r}, whose frequencies change with the length of the text, so no key can be turned later"
+            )
+        prefix = f"{layer_type}_" if isinstance(kinds, dict) else ""
+        frequencies: Tensor = getattr(module, f"{prefix}inv_freq")
+        scaled = getattr(module, f"{prefix}attention_scaling", 1.0) != 1.0
+        pairs = frequencies.numel() if scaled else int((frequencies != 0).sum())
+        if not scaled and bool((frequencies[:pairs] == 0).any()):
+            pairs = frequencies.numel()
+        return cls(module, layer_type if isinstance(kinds, dict) else None, pairs, rotary_dim // 2)
+
+    def of_tokens(self, position_embeddings: tuple[Tensor, Tensor]) -> Rotation:
+        """The turning at the positions of the new tokens, from what the layer was given: cosines and sines [B or 1, T, 2·distance]."""
+        cosine, sine = (table[:, None, :, : self.pairs] for table in position_embeddings)
+        return Rotation(cosine=cosine, sine=sine, distance=self.distance)
+
+    def at(self, positions: Tensor, like: Tensor) -> Rotation:
+        """The turning at ``positions`` [B or 1, S], in the dtype of ``like``."""
+        if torch.compiler.is_compiling():
+            return self.of_tokens(self._angles(positions, like))
+        key = (like.device, like.dtype)
+        # Looking at the last position waits for the device once per layer and step; a table saves making all of it anew.
+        length = int(positions.max()) + 1
+        if key not in self._tables or self._tables[key].cosine.shape[-2] < length:
+            with torch.inference_mode(False), torch.no_grad():
+                every = torch.arange(1 << (length - 1).bit_length(), device=like.device)[None]
+                self._tables[key] = self.of_tokens(self._angles(every, like.new_empty(1)))
+        table = self._tables[key]
+        if positions.shape[0] == 1 or bool((positions == positions[:1]).all()):
+            first = int(positions[0, 0])
+            if bool((positions[0] == torch.arange(first, first + positions.shape[1], device=positions.device)).all()):
+                rows = slice(first, first + positions.shape[1])
+                return Rotation(cosine=table.cosine[:, :, rows], sine=table.sine[:, :, rows], distance=self.distance)
+        return Rotation(
+            cosine=table.cosine[0, 0][positions][:, None],
+            sine=table.sine[0, 0][positions][:, None],
+            distance=self.distance,
+        )
+
+    def _angles(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = (like, positions) if self.layer_type is None else (like, positions, self.layer_type)
+        return self.module(*arguments)
+
+
+def key_positions(num_keys: int, last_slot: int | Tensor, position_ids: Tensor) -> Tensor:
+    """Where each of S cached keys stands, [B or 1, S], given the positions [B or 1, T] of the new tokens, the last of which is in ``last_slot``.
+
+    Tokens of a text are successive, so a key stands as far before the last token as its slot is before that one's; slots of padding, which nobody
+    sees, and of tokens that are still to come get some position or other that the table has.
+    """
+    slots = torch.arange(num_keys, device=position_ids.device)
+    return (slots[None] - last_slot + position_ids[:, -1:]).clamp(min=0)

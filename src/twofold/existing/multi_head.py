@@ -1,0 +1,256 @@
+"""Multi-head models: one of K and V is kept, the other follows from it, and no head ever makes it for the tokens that are cached.
+
+With V = K F + f (see :mod:`twofold.existing.fold`) the output of head h is Σ_s P_hs V_hs = (Σ_s P_hs K_s) F_h + f_h, where K_s are the keys of *all*
+heads of token s: every head averages the whole row, H times the arithmetic of the value sum, and half the memory is read. With K = V F + f the same is
+done to the query: q_h · K_hs = (F_h q_h) · V_s + a number that is the same for all keys, which no softmax sees. Rotary positions turn keys, so there
+only keys can be kept, before they turn.
+
+Shapes: B batch, T new tokens, S keys, H heads, D head_dim, C hidden_size, N = H·D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.pytorch_utils import Conv1D
+
+from twofold.errors import TwofoldError
+from twofold.existing.fold import Fold, Projection
+from twofold.existing.key_rotations import KeyRotations
+from twofold.existing.reading import Held, Reader, append, cache_of, read
+from twofold.kernels import Rotation
+from twofold.kernels.folded import weights_of
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the attention modules of some models name their parts.
+
+    ``fused`` is the one module of three projections, whose outputs are Q, K, V one after the other, or head by head (``by_head``); else ``projections``
+    names them. ``rotary`` says that keys turn. ``linear`` is the attribute that, where it is set, makes K or V no linear map of the input.
+    """
+
+    output: str
+    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
+    fused: str = ""
+    by_head: bool = False
+    rotary: bool = False
+    not_linear: tuple[str, ...] = ()
+
+
+_LLAMA_LIKE = Family(output="o_proj", rotary=True)
+FAMILIES: Mapping[str, Family] = {
+    "GPT2Attention": Family(output="c_proj", fused="c_attn"),
+    "OPTAttention": Family(output="out_proj"),
+    "GPTNeoXAttention": Family(output="dense", fused="query_key_value", by_head=True, rotary=True),
+    "PhiAttention": Family(output="dense", rotary=True, not_linear=("qk_layernorm",)),
+    "OlmoAttention": Family(output="o_proj", rotary=True, not_linear=("config.clip_qkv",)),
+    "LlamaAttention": _LLAMA_LIKE,
+    "MistralAttention": _LLAMA_LIKE,
+    "Qwen2Attention": _LLAMA_LIKE,
+    "WhisperAttention": Family(output="out_proj"),
+    "BartAttention": Family(output="out_proj"),
+}
+"""By the class of the attention module."""
+
+
+def head_dim(layer: Any) -> int:
+    """D, under whatever name."""
+    return int(getattr(layer, "head_dim", None) or layer.head_size)
+
+
+def num_heads(layer: Any) -> tuple[int, int]:
+    """(query heads, KV heads)."""
+    config = layer.config
+    own = getattr(layer, "num_heads", None)
+    heads = own if isinstance(own, int) else config.num_attention_heads
+    groups = getattr(layer, "num_key_value_groups", 1)
+    return heads, heads // groups
+
+
+def family_of(layer: nn.Module) -> Family | None:
+    """The family of an attention module; None for one that is not known."""
+    return FAMILIES.get(type(layer).__name__)
+
+
+def why_not(layer: Any, family: Family) -> str:
+    """Why K and V of a layer do not follow from one another; empty: they may."""
+    heads, kv_heads = num_heads(layer)
+    if heads != kv_heads:
+        return (
+            f"{heads} query heads share {kv_heads} KV heads: K and V are then two independent maps of a larger input, and no linear map makes one "
+            "from the other; only retraining with a tie can halve this cache"
+        )
+    for name in family.not_linear:
+        part = layer
+        for step in name.split("."):
+            part = getattr(part, step, None)
+        if part:
+            return f"{name} is set, so its keys are no linear map of its input"
+    if getattr(layer, "reorder_and_upcast_attn", False):
+        return "reorder_and_upcast_attn is set, which is an order of operations that is not kept"
+    return ""
+
+
+def projections(layer: Any, family: Family) -> tuple[Projection, Projection]:
+    """Those of K and V. Raises TwofoldError for weights that are held in another form than numbers (quantized) and for those of a fine-tuning adapter."""
+    if family.fused:
+        weight, bias = _linear(getattr(layer, family.fused))
+        parts = weight.shape[1] // (heads := num_heads(layer)[0]) // head_dim(layer)
+        if family.by_head:
+            weight = (
+                weight.unflatten(1, (heads, parts, -1))
+                .transpose(1, 2)
+                .flatten(2)
+                .movedim(1, 0)
+                .reshape(parts, weight.shape[0], -1)
+            )
+            bias = bias.unflatten(0, (heads, parts, -1)).transpose(0, 1).flatten(1)
+        else:
+            weight, bias = weight.unflatten(1, (parts, -1)).movedim(1, 0), bias.unflatten(0, (parts, -1))
+        return Projection(weight[-2], bias[-2]), Projection(weight[-1], bias[-1])
+    key, value = (Projection(*_linear(getattr(layer, name))) for name in family.projections[1:])
+    return key, value
+
+
+def _linear(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """W [C, N] and b [N] in float64."""
+    weight = getattr(module, "weight", None)
+    if type(module) not in (nn.Linear, Conv1D) or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise TwofoldError(
+            f"its projection is a {type(module).__name__}, whose weights cannot be inverted: merge adapters, or load the model without quantization"
+        )
+    matrix = weight.detach().double()
+    bias = getattr(module, "bias", None)
+    matrix = matrix if isinstance(module, Conv1D) else matrix.T
+    return matrix, matrix.new_zeros(matrix.shape[1]) if bias is None else bias.detach().double()
+
+
+class MultiHeadForward:
+    """What the layer does in place of its own forward."""
+
+    def __init__(self, layer: Any, family: Family, found: Fold, rotations: KeyRotations | None) -> None:
+        self.layer = layer
+        self.family = family
+        self.kept = found.kept
+        self.rotations = rotations
+        self.heads = num_heads(layer)[0]
+        weight = getattr(layer, family.output).weight
+        self.matrix = found.matrix.to(weight.dtype)
+        self.offset = found.offset.to(weight.dtype)
+
+    def __call__(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """The layer's own forward, argument by argument, ``key_value_states`` (or ``encoder_hidden_states``) for cross-attention."""
+        layer: Any = self.layer
+        names = _POSITIONAL.get(type(layer).__name__, _USUAL_POSITIONAL)
+        arguments |= dict(zip(names, positional, strict=False))
+        given = (arguments.get(name) for name in ("key_value_states", "encoder_hidden_states"))
+        source = next((states for states in given if states is not None), None)
+        crossing = source is not None
+        mask = arguments.get("encoder_attention_mask" if self.family.fused and crossing else "attention_mask")
+        query = self._query(hidden_states, crossing=crossing)
+        own = None if self.rotations is None else self.rotations.of_tokens(arguments["position_embeddings"])
+        if own is not None:
+            query = own.turn(query)
+        reader = Reader(layer, mask, arguments)
+        held, lost = self._held(hidden_states if source is None else source, arguments, own, crossing=crossing)
+        if lost is None and query.shape[2] <= head_dim(layer):
+            output, weights = self._attend(reader, query, held)
+        else:
+            lost = self._made(held.stream) if lost is None else lost
+            key, value = (held.stream, lost) if self.kept == "keys" else (lost, held.stream)
+            output, weights = reader.attend(query, key, value, held.rotation)
+        return getattr(layer, self.family.output)(output.transpose(1, 2).flatten(2)), weights
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, N] -> [B, H, T, D]."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def _query(self, hidden_states: Tensor, *, crossing: bool) -> Tensor:
+        layer, family = self.layer, self.family
+        if family.fused and crossing:
+            return self._heads(layer.q_attn(hidden_states))
+        return (
+            self._roles(hidden_states)[0]
+            if family.fused
+            else self._heads(getattr(layer, family.projections[0])(hidden_states))
+        )
+
+    def _roles(self, states: Tensor) -> list[Tensor]:
+        """Q (where the fused projection has it), K, V."""
+        made = getattr(self.layer, self.family.fused)(states)
+        if self.family.by_head:
+            return list(made.unflatten(2, (self.heads, 3, -1)).transpose(1, 2).unbind(dim=3))
+        return [self._heads(part) for part in made.split(self.heads * head_dim(self.layer), dim=2)]
+
+    def _pair(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of some tokens, [B, H, T, D]."""
+        if self.family.fused:
+            *_, key, value = self._roles(states)
+            return key, value
+        key, value = (self._heads(getattr(self.layer, name)(states)) for name in self.family.projections[1:])
+        return key, value
+
+    def _held(
+        self, states: Tensor, arguments: dict[str, Any], own: Rotation | None, *, crossing: bool
+    ) -> tuple[Held, Tensor | None]:
+        """All tokens' stream, and the other of K and V where it is at hand: where there are no tokens but the new ones."""
+        cache, index = cache_of(arguments), self.layer.layer_idx
+        whole = cache
+        if isinstance(cache, EncoderDecoderCache):
+            cache = cache.cross_attention_cache if crossing else cache.self_attention_cache
+            if crossing and whole.is_updated.get(index):
+                return Held(cache.layers[index].keys, None, is_new=False), None
+        key, value = self._pair(states)
+        kept, lost = (key, value) if self.kept == "keys" else (value, key)
+        if cache is None:
+            return Held(kept, own, is_new=True), lost
+        every, seen = append(cache, kept, index)
+        if crossing and isinstance(whole, EncoderDecoderCache):
+            whole.is_updated[index] = True
+        held = read(self.layer, (kept, every), seen, self.rotations, own, arguments.get("position_ids"))
+        return held, lost if held.is_new else None
+
+    def _made(self, stream: Tensor) -> Tensor:
+        """The lost one of all tokens [B, H, S, D]: for many queries at once that is less work."""
+        return self._heads(stream.transpose(1, 2).flatten(2) @ self.matrix + self.offset)
+
+    def _attend(self, reader: Reader, query: Tensor, held: Held) -> tuple[Tensor, Tensor | None]:
+        """[B, H, T, D] without the lost one of a single cached token."""
+        stream, mixing = held.stream, self.matrix.unflatten(1, (self.heads, -1)).unflatten(0, (self.heads, -1))
+        offset = self.offset.unflatten(0, (self.heads, 1, -1))
+        mask, bias = reader.mask(query, stream.shape[2])
+        query = self.layer.scaling * query
+        if self.kept == "keys":
+            logits = query @ (stream if held.rotation is None else held.rotation.turn(stream)).transpose(-1, -2)
+        else:
+            rows = torch.einsum("bhte,gdhe->bghtd", query, mixing).flatten(2, 3)
+            logits = (rows @ stream.transpose(-1, -2)).sum(dim=1).unflatten(1, (self.heads, -1))
+        weights = weights_of(logits if bias is None else logits + bias, mask)
+        if self.kept == "values":
+            return weights @ stream, weights
+        rows = (weights.flatten(1, 2)[:, None] @ stream).unflatten(2, (self.heads, -1))
+        output = torch.einsum("bghtd,gdhe->bhte", rows, mixing)
+        return output + offset * weights.sum(dim=-1, keepdim=True), weights
+
+
+_POSITIONAL: Mapping[str, tuple[str, ...]] = {
+    "GPT2Attention": (
+        "cache",
+        "attention_mask",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "output_attentions",
+    ),
+    "GPTNeoXAttention": ("attention_mask", "layer_past", "position_embeddings"),
+    "OPTAttention": ("cache", "attention_mask", "output_attentions"),
+    "WhisperAttention": ("key_value_states", "cache", "attention_mask", "output_attentions"),
+    "BartAttention": ("key_value_states", "cache", "attention_mask"),
+}
+"""What follows the hidden states where a model gives it by place; elsewhere: position_embeddings, attention_mask, cache."""
+_USUAL_POSITIONAL = ("position_embeddings", "attention_mask", "cache")

@@ -1,0 +1,172 @@
+"""Small models of the families that can be halved, with random weights and random norm scales, in float64."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers.models.gemma4 import modeling_gemma4
+
+VOCAB = 99
+
+
+def randomized(model: nn.Module, seed: int = 0, *, std: float = 0.25) -> Any:
+    """The model in float64 with every weight drawn: norm scales around 1, biases around 0, so that nothing holds because a number is 1 or 0."""
+    draw = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(std * torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
+            else:
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=draw, dtype=torch.float64))
+    return model
+
+
+def gemma_config(**changes: Any) -> transformers.Gemma4TextConfig:
+    """Two stacks of sliding, sliding, full; one KV head of 32 in full layers, of which 8 dimensions turn."""
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "sliding_window": 8,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "max_position_embeddings": 512,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return transformers.Gemma4TextConfig(**(values | changes))
+
+
+def gemma(seed: int = 0, **changes: Any) -> Any:
+    """A causal Gemma 4."""
+    model = randomized(transformers.Gemma4ForCausalLM(gemma_config(**changes)), seed)
+    if changes.get("enable_moe_block"):
+        model.set_experts_implementation("eager")  # the fused one has no float64
+    return model
+
+
+PER_LAYER_INPUTS: dict[str, Any] = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+
+
+@st.composite
+def gemma_changes(draw: st.DrawFn) -> dict[str, Any]:
+    """Heads, sizes, windows, eps, shared layers, soft caps and experts as the family has them."""
+    heads = draw(st.sampled_from([1, 2, 4]))
+    changes: dict[str, Any] = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw(st.sampled_from([g for g in (1, 2) if heads % g == 0])),
+        "num_global_key_value_heads": draw(st.sampled_from([g for g in (1, 2, 4) if heads % g == 0])),
+        "global_head_dim": draw(st.sampled_from([16, 32, 64])),
+        "sliding_window": draw(st.sampled_from([2, 5, 16])),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-3])),
+        "final_logit_softcapping": draw(st.sampled_from([None, 30.0])),
+        "num_kv_shared_layers": draw(st.sampled_from([0, 0, 2, 3])),
+        "attention_bias": draw(st.booleans()),
+    }
+    if draw(st.booleans()):
+        changes |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+    if changes["num_kv_shared_layers"] or draw(st.booleans()):
+        changes |= PER_LAYER_INPUTS  # without which Transformers 5.24 fails where layers share a cache
+    return changes
+
+
+@contextmanager
+def norms_in_float64() -> Iterator[None]:
+    """Gemma's norms computed in the dtype of the model. As they come they compute in float32, whose steps make of the last bit of a float64 number a jump
+    of 6e-8, in any order of operations but one; nothing finer could be compared."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        normed = self._norm(hidden_states)
+        return normed * self.weight if self.with_scale else normed
+
+    kept = modeling_gemma4.Gemma4RMSNorm.forward
+    modeling_gemma4.Gemma4RMSNorm.forward = forward
+    try:
+        yield
+    finally:
+        modeling_gemma4.Gemma4RMSNorm.forward = kept
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+_NEOX = {name: value for name, value in _SIZES.items() if name != "num_key_value_heads"}
+_OPT = {name: value for name, value in _NEOX.items() if name != "intermediate_size"}
+
+MULTI_HEAD: dict[str, Callable[[], nn.Module]] = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=None)
+    ),
+    "opt": lambda: transformers.OPTForCausalLM(transformers.OPTConfig(ffn_dim=48, word_embed_proj_dim=32, **_OPT)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(rotary_pct=0.5, **_NEOX)),
+    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**_SIZES)),
+    "olmo": lambda: transformers.OlmoForCausalLM(transformers.OlmoConfig(**_SIZES)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(attention_bias=True, **_SIZES)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(sliding_window=None, **_SIZES)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_SIZES)),
+}
+
+
+def whisper() -> nn.Module:
+    """A speech model whose decoder attends to itself and to sound."""
+    config = transformers.WhisperConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20, max_target_positions=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def bart() -> nn.Module:
+    """A translator whose decoder attends to itself and to a text."""
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, forced_eos_token_id=None,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Tokens that are no padding."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def cache_bytes(cache: Any) -> list[int]:
+    """Bytes of what each layer of one of Transformers' caches holds."""
+    return [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized]
+
+
+def cache_of(output: Any) -> Any:
+    """The cache among what a model or ``generate`` gives back, under the name that this release of Transformers has for it."""
+    return output.get("cache", output.get("past_key_values"))
+
+
+def going_on(model: Any, cache: Any) -> dict[str, Any]:
+    """The argument that has a forward pass go on from a cache."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}

@@ -1,0 +1,276 @@
+"""A halved model is the model: the same logits through every way to use a cache, half the bytes where it says so, and itself again when restored."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from halving_models import (
+    MULTI_HEAD,
+    PER_LAYER_INPUTS,
+    bart,
+    cache_bytes,
+    cache_of,
+    gemma,
+    gemma_changes,
+    going_on,
+    norms_in_float64,
+    randomized,
+    tokens,
+    whisper,
+)
+from twofold.existing import HalvingReport, halve, restore
+from twofold.existing.low_bits import quantized_cache
+
+NEW = 6
+
+
+def mask_of(batch: int, length: int, padding: int) -> Tensor:
+    """The first text begins ``padding`` tokens late."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[0, :padding] = 0
+    return mask
+
+
+def generated(model: Any, **options: Any) -> tuple[Tensor, Tensor, Any]:
+    """Tokens, their logits and the cache of a greedy answer."""
+    answer = model.generate(
+        max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0, **options
+    )
+    return answer.sequences, torch.stack(answer.logits), cache_of(answer)
+
+
+@torch.no_grad()
+def outcomes(model: Any, length: int, padding: int) -> dict[str, Tensor]:
+    """What the model says in every way that a cache is filled and read."""
+    text, mask = tokens(2, length), mask_of(2, length, padding)
+    first = max(1, length // 2)
+    said = {"whole": model(text).logits, "padded": model(text, attention_mask=mask).logits[mask.bool()]}
+    cache = cache_of(model(text[:, :first], use_cache=True))
+    said["continued"] = model(text[:, first:], **going_on(model, cache)).logits
+    said["one more"] = model(text[:, :1], **going_on(model, cache)).logits
+    alike = {"input_ids": text, "attention_mask": mask}
+    said["greedy"], said["greedy logits"], _ = generated(model, **alike)
+    said["static"], said["static logits"], _ = generated(
+        model, cache_implementation="static", disable_compile=True, **alike
+    )
+    said["beams"], *_ = generated(model, num_beams=3, **alike)
+    said["chunks"], said["chunk logits"], _ = generated(model, prefill_chunk_size=3, **alike)
+    said["looked up"], *_ = generated(model, input_ids=text[:1], prompt_lookup_num_tokens=2)
+    said["without"], *_ = generated(model, use_cache=False, **alike)
+    return said
+
+
+def check(before: dict[str, Tensor], after: dict[str, Tensor], bound: float) -> None:
+    for name, expected in before.items():
+        if expected.is_floating_point():
+            torch.testing.assert_close(
+                after[name], expected, rtol=bound, atol=bound, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        else:
+            assert torch.equal(after[name], expected), name
+
+
+@settings(max_examples=4, deadline=None)
+@given(changes=gemma_changes(), seed=st.integers(0, 99), length=st.integers(4, 24), padding=st.integers(0, 3))
+def test_a_halved_gemma_is_the_gemma(changes: dict[str, Any], seed: int, length: int, padding: int):
+    model = gemma(seed, **changes)
+    with norms_in_float64():
+        before = outcomes(model, length, padding)
+        halve(model)
+        check(before, outcomes(model, length, padding), 1e-8)
+        restore(model)
+        again = outcomes(model, length, padding)
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"), [*((name, "keys") for name in MULTI_HEAD), ("gpt2", "values"), ("opt", "values")]
+)
+def test_a_halved_multi_head_model_is_the_model(name: str, keep: Any):
+    model = randomized(MULTI_HEAD[name]())
+    before = outcomes(model, 13, 3)
+    report = halve(model, keep=keep)
+    assert {layer.kept for layer in report.layers} == {keep}
+    # Llama's norms compute in float32, so the last bit of a float64 number may come out as one of float32.
+    check(before, outcomes(model, 13, 3), 1e-8 if name in ("gpt2", "opt", "gpt_neox", "phi") else 1e-5)
+    restore(model)
+    again = outcomes(model, 13, 3)
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+@pytest.mark.parametrize("make", [whisper, bart])
+@pytest.mark.parametrize("keep", ["keys", "values"])
+def test_cross_attention_too_keeps_one_tensor(make: Any, keep: Any):
+    model = randomized(make())
+    source = (
+        {"input_features": torch.randn(2, 8, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))}
+        if make is whisper
+        else {"input_ids": tokens(2, 9), "attention_mask": mask_of(2, 9, 2)}
+    )
+    before, logits, cache = generated(model, **source)
+    beams = generated(model, num_beams=2, **source)[0]
+    report = halve(model, keep=keep)
+    after, halved_logits, halved = generated(model, **source)
+    assert torch.equal(before, after)
+    torch.testing.assert_close(halved_logits, logits)
+    assert torch.equal(generated(model, num_beams=2, **source)[0], beams)
+    assert report.num_halved == len(report.layers) == 4
+    for kind in ("self_attention_cache", "cross_attention_cache"):
+        whole, half = (cache_bytes(getattr(held, kind)) for held in (cache, halved))
+        assert [2 * part for part in half] == whole
+
+
+def ratio(model: Any, length: int) -> tuple[list[int], list[int], HalvingReport]:
+    """Bytes per layer of the real cache before and after, with what is said of it."""
+    text = tokens(2, length)
+    before = cache_bytes(cache_of(model(text, use_cache=True)))
+    report = halve(model)
+    return before, cache_bytes(cache_of(model(text, use_cache=True))), report
+
+
+def test_full_layers_hold_half_and_sliding_layers_what_they_held():
+    model = gemma()
+    before, after, report = ratio(model, 30)
+    kinds = model.config.layer_types
+    assert [b // a for b, a in zip(before, after, strict=True)] == [
+        2 if kind == "full_attention" else 1 for kind in kinds
+    ]
+    window = model.config.sliding_window - 1  # what Transformers keeps of it
+    counted = sum(
+        2 * min(30, window) * 2 * 2 * 16 * 8 if kind != "full_attention" else 2 * 30 * 32 * 8 for kind in kinds
+    )
+    assert sum(after) == counted
+    assert report.num_halved == 2
+
+
+@pytest.mark.parametrize("name", MULTI_HEAD)
+def test_the_report_counts_the_bytes_that_are_held(name: str):
+    model = randomized(MULTI_HEAD[name]())
+    before, after, report = ratio(model, 11)
+    assert sum(before) == 2 * report.cache_bytes(11, halved=False)
+    assert sum(after) == 2 * report.cache_bytes(11) == sum(before) // 2
+
+
+def test_layers_that_share_a_cache_read_the_halved_one():
+    changes = PER_LAYER_INPUTS | {
+        "num_kv_shared_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"] * 2,
+    }
+    with norms_in_float64():
+        model = gemma(**changes)
+        before = outcomes(model, 12, 0)
+        report = halve(model)
+        assert len(report.layers) == 3  # those with a cache of their own
+        check(before, outcomes(model, 12, 0), 1e-8)
+
+
+def test_what_a_drafting_model_reads_is_handed_on():
+    with norms_in_float64():
+        model = gemma(num_kv_shared_layers=3, **PER_LAYER_INPUTS)
+        text = tokens(1, 9)
+        before = model.model(text, use_cache=True, return_shared_kv_states=True).shared_kv_states
+        halve(model)
+        after = model.model(text, use_cache=True, return_shared_kv_states=True).shared_kv_states
+    for name, pair in before.items():
+        for expected, found in zip(pair, after[name], strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_lower_precision_the_halved_gemma_differs_no_more_than_the_gemma_itself(dtype: torch.dtype):
+    exact = gemma(3)
+    model = copy.deepcopy(exact).to(dtype)
+    text = tokens(4, 40, seed=5)
+
+    @torch.no_grad()
+    def logits(of: nn.Module) -> Tensor:
+        """Of the second half, token by token from a cache."""
+        model: Any = of
+        cache = cache_of(model(text[:, :20], use_cache=True))
+        steps = [model(text[:, [at]], **going_on(model, cache)).logits for at in range(20, 40)]
+        return torch.cat(steps, dim=1).double()
+
+    truth, own = logits(exact), logits(model)
+    halve(model)
+    noise, halved = ((found - truth).square().mean().sqrt() for found in (own, logits(model)))
+    assert halved <= 1.5 * noise
+
+
+def test_eager_attention_gives_its_weights():
+    model = randomized(MULTI_HEAD["gpt2"]())
+    model.set_attn_implementation("eager")
+    text = tokens(2, 7)
+    before = model(text, output_attentions=True).attentions
+    halve(model)
+    after = model(text, output_attentions=True).attentions
+    for expected, found in zip(before, after, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "llama"])
+def test_one_tensor_in_few_bits(name: str, bits: int):
+    model = (gemma() if name == "gemma" else randomized(MULTI_HEAD[name](), std=0.1)).float()
+    text = tokens(1, 48)
+    halve(model)
+    exact = model(text).logits
+    cache = quantized_cache(model, bits=bits, group_size=8, tail_tokens=4)
+    model(text[:, :40], **going_on(model, cache))
+    rounded = model(text[:, 40:], **going_on(model, cache)).logits
+    error = (rounded - exact[:, 40:]).square().mean().sqrt() / exact[:, 40:].square().mean().sqrt()
+    assert 0 < error < (0.05 if bits == 8 else 0.6)
+    halved = next(layer for layer in cache.layers if hasattr(layer, "old"))
+    codes = sum(old.codes.nbytes for old in halved.old)
+    assert codes == 44 * halved.tail[0].shape[1] * halved.tail[0].shape[3] * bits // 8
+
+
+def test_several_threads_generate_at_once():
+    model = gemma()
+    halve(model)
+    texts = [tokens(1, 9 + index, seed=index) for index in range(4)]
+    expected = [generated(model, input_ids=text)[0] for text in texts]
+    found: dict[int, Tensor] = {}
+
+    def work(index: int) -> None:
+        found[index] = generated(model, input_ids=texts[index])[0]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[index], expected[index]) for index in range(4))
+
+
+def test_a_copied_model_is_halved_by_itself():
+    model = gemma()
+    halve(model)
+    other = copy.deepcopy(model)
+    restore(model)
+    text = tokens(1, 20)
+    whole, half = (sum(cache_bytes(cache_of(one(text, use_cache=True)))) for one in (model, other))
+    assert half < whole
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert other(text).logits.abs().max() > 0
+
+
+def test_what_is_saved_is_the_model_as_it_was(tmp_path: Any):
+    model = gemma().float()
+    text = tokens(1, 12)
+    before = model(text).logits
+    halve(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(loaded(text).logits, before)
+    halve(loaded)
+    assert torch.equal(loaded(text).logits, model(text).logits)
