@@ -10,7 +10,8 @@ import shlex
 from pathlib import Path
 
 from twofold.errors import TwofoldError
-from twofold.report import files, markdown, page
+from twofold.report import files, markdown, page, plane
+from twofold.report.parts import parts
 from twofold.report.summary import Summary
 from twofold.storage import write_text
 from twofold.study.results import Results
@@ -38,6 +39,8 @@ def write(folder: Path) -> list[Path]:
     }
     if summary.sections and summary.sections[0].measured:
         texts["frontier.svg"] = files.frontier_svg(summary.sections[0])
+    texts |= {f"{part.name}.svg": files.part_svg(part) for part in parts(summary)}
+    texts |= plane.texts(summary, command)
     target = folder / FOLDER_NAME
     try:
         target.mkdir(exist_ok=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from twofold.report import rows
+from twofold.report import budgets, choices, controls, rows
 from twofold.report.answer import answer, status
+from twofold.report.evidence import sentences
 from twofold.report.numbers import metric_name
 from twofold.report.page import run_command
+from twofold.report.part import Part
+from twofold.report.parts import parts as of_design
 from twofold.report.summary import Section, Summary
 
 _SIGNIFICANT = str.maketrans({sign: f"\\{sign}" for sign in "\\`*_{}[]<>#|~"})
@@ -17,8 +20,12 @@ def text(summary: Summary, report_command: str) -> str:
     """The whole report."""
     plan = summary.plan
     parts = [f"# {escape(plan.title)}", escape(plan.question), f"**{status(summary)}**"]
+    parts += [f"**{escape(sentence)}**" for sentence in controls.failures(summary)]
+    parts += [escape(" ".join(controls.tally(summary)))] if controls.tally(summary) else []
     if summary.sections and summary.sections[0].measured:
         parts.append("![Loss against cached bytes per token](frontier.svg)")
+    for part in of_design(summary):
+        parts += _part(part)
     for section in summary.sections:
         parts += _section(summary, section)
     if summary.failures:
@@ -33,13 +40,32 @@ def text(summary: Summary, report_command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _part(part: Part) -> list[str]:
+    words = "\n".join(f"- {escape(sentence)}" for sentence in part.sentences)
+    shown = [
+        text
+        for one in part.tables
+        if one.rows
+        for text in (escape(one.caption), table(one.columns, one.rows, numbers_from=1))
+    ]
+    return [
+        f"## {escape(part.title)}",
+        words,
+        f"![{escape(part.title)}]({part.name}.svg)",
+        escape(part.caption),
+        *shown,
+    ]
+
+
 def _section(summary: Summary, section: Section) -> list[str]:
-    parts = [f"## {escape(section.title)}", escape(f"{section.description} {rows.facts(summary, section)}")]
+    about = f"{section.description} {rows.facts(summary, section)} {choices.facts(section)}"
+    parts = [f"## {escape(section.title)}", escape(about)]
     if not section.measured:
         return [*parts, "No run of this task has ended yet."]
     has_score = section.score != section.loss_metric
     loss, score = metric_name(section.loss_metric), metric_name(section.score)
-    head = ["Variant", "Tie", "Parameters", rows.cost_name(section), loss, *([score] if has_score else []), f"Δ {loss}", "n",
+    is_tuned = bool(section.choices)
+    head = ["Variant", "Tie", *(["Chosen"] if is_tuned else []), "Parameters", rows.cost_name(section), loss, *([score] if has_score else []), f"Δ {loss}", "n",
             "On the front", "Time / run", "Failed"]  # fmt: skip
     front = {row["label"]: row for row in rows.front_rows(section)}
     cells = []
@@ -47,11 +73,13 @@ def _section(summary: Summary, section: Section) -> list[str]:
         own = front.get(row["label"])
         on_front = f"{'yes' if own['on_front'] else 'no'} ({own['frequency']})" if own else "–"
         cells.append([
-            row["label"], row["tie"] or row["label"], row["parameters"], row["cost"], f"{row['loss']} {row['loss_bounds']}",
+            row["label"], row["tie"] or row["label"], *([row["chosen"]] if is_tuned else []), row["parameters"], row["cost"], f"{row['loss']} {row['loss_bounds']}",
             *([f"{row['score']} {row['score_bounds']}"] if has_score else []),
             f"{row['difference']} {row['difference_bounds']}", str(row["n"]), on_front, row["time"], str(row["failed"]),
         ])  # fmt: skip
-    parts += ["\n".join(f"- {escape(sentence)}" for sentence in answer(section)), table(head, cells, numbers_from=2)]
+    said = [*answer(section), *controls.sentences(section), *sentences(summary, section)]
+    parts += ["\n".join(f"- {escape(sentence)}" for sentence in said), table(head, cells, numbers_from=2 + is_tuned)]
+    parts += _budgets(summary, section)
     for group in rows.difference_rows(section)[1:]:
         shown = [[row["label"], row["mean"], row["bounds"], str(row["n"])] for row in group["rows"]]
         parts += [
@@ -59,6 +87,26 @@ def _section(summary: Summary, section: Section) -> list[str]:
             table(["Variant", f"Δ {loss}", "95% interval", "n"], shown, numbers_from=1),
         ]
     return [*parts, f"Made by `{run_command(summary, section)}`."]
+
+
+def _budgets(summary: Summary, section: Section) -> list[str]:
+    found = budgets.rows(summary, section)
+    if not found:
+        return []
+    keys = ("budget", "best", "best_cost", "best_loss", "best_share", "n", "second", "second_loss", "second_share")
+    head = [
+        "Cache",
+        "Best",
+        "needs",
+        metric_name(section.loss_metric),
+        "best in",
+        "n",
+        "Next",
+        metric_name(section.loss_metric),
+        "best in",
+    ]
+    cells = [[row[key] for key in keys] for row in found]
+    return ["### What to choose", table(head, cells, numbers_from=2), escape(budgets.note(summary, section))]
 
 
 def table(head: Sequence[str], cells: Sequence[Sequence[str]], *, numbers_from: int) -> str:

@@ -13,13 +13,15 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from twofold.report import rows
+from twofold.report import budgets, choices, controls, rows
 from twofold.report.answer import answer, status
 from twofold.report.curves import Curve, CurveSet, curves
+from twofold.report.evidence import sentences
 from twofold.report.forest import forest
 from twofold.report.frontier import frontier, outliers
 from twofold.report.lines import lines, style
 from twofold.report.numbers import duration, metric_name
+from twofold.report.parts import parts
 from twofold.report.summary import Section, Summary
 
 WIDE, NARROW = 880, 344
@@ -34,8 +36,17 @@ FILE_WORDS = {
     "report.json": "all of the above that is summary, for programs",
     "report.md": "this report as text",
     "frontier.svg": "the central figure of the first task",
+    "plane.html": "the plane of ties, a map to go about in",
+    "plane.svg": "the map as a picture",
+    "plane.json": "what the map says, for programs",
 }
-FILE_TYPES = {"csv": "text/csv", "json": "application/json", "md": "text/markdown", "svg": "image/svg+xml"}
+FILE_TYPES = {
+    "csv": "text/csv",
+    "json": "application/json",
+    "md": "text/markdown",
+    "svg": "image/svg+xml",
+    "html": "text/html",
+}
 
 
 def html(summary: Summary, files: Mapping[str, str], report_command: str) -> str:
@@ -59,9 +70,12 @@ def html(summary: Summary, files: Mapping[str, str], report_command: str) -> str
             status=status(summary),
             standing=_standing(summary),
             is_mixed=rows.is_mixed(summary),
+            control_failures=controls.failures(summary),
+            control_tally=controls.tally(summary),
             answers=[view for view in views if view["answer"]],
             overview=rows.overview(summary),
             sections=views,
+            parts=[{"part": part, "wide": part.figure(WIDE), "narrow": part.figure(NARROW)} for part in parts(summary)],
             failures=rows.failure_rows(summary),
             run_command=run_command(summary),
             report_command=report_command,
@@ -95,6 +109,13 @@ def _view(summary: Summary, section: Section, *, is_one_of_many: bool) -> dict[s
         "section": section,
         "facts": rows.facts(summary, section),
         "answer": answer(section),
+        "evidence": sentences(summary, section),
+        "tuning": choices.facts(section),
+        "controls": [
+            (controls.sentence(c, section.loss_metric), controls.came_out(c) is False) for c in section.controls
+        ],
+        "budgets": budgets.rows(summary, section),
+        "budget_note": budgets.note(summary, section),
         "headline": answer(section)[: 1 if is_one_of_many else None],
         "command": run_command(summary, section),
         "cost_name": rows.cost_name(section),
@@ -179,7 +200,7 @@ def _file(name: str, content: str) -> dict[str, Any]:
     embedded = 0 < len(packed) <= MAX_EMBEDDED_BYTES
     return {
         "name": name,
-        "words": FILE_WORDS[name],
+        "words": FILE_WORDS.get(name, "a figure of this page"),
         "type": FILE_TYPES[name.rpartition(".")[2]],
         "embedded": embedded,
         "content": base64.b64encode(packed).decode() if embedded else "",
