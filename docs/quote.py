@@ -5,13 +5,15 @@
 
 A block ``<!-- result: NAME -->`` holds the picture and the answer of ``docs/results/NAME``; the block ``<!-- results -->`` lists all results that there
 are; a block ``<!-- benchmark: NAME -->`` holds the rows of ``docs/results/NAME.json``, as ``benchmarks/NAME.py --json`` printed them, and
-``<!-- goals: NAME -->`` those of them that have a goal. A test fails where a
-page says anything else than the files.
+``<!-- goals: NAME -->`` those of them that have a goal. ``<!-- choice: NAME -->`` says what to choose within parts of the cache, and
+``<!-- pairs: NAME -->`` the differences of all pairs that are equal in something, both for the first task of ``docs/results/NAME``. A test fails
+where a page says anything else than the files.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,7 +24,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs", "results")
-BLOCK = re.compile(r"(<!-- (?P<kind>results?|benchmark|goals)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+QUANTITIES = {"flops": "operations of training"}
+BLOCK = re.compile(
+    r"(<!-- (?P<kind>results?|benchmark|goals|choice|pairs)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -37,6 +42,8 @@ def quoted(page: Path, root: Path = ROOT) -> str:
     def block(found: re.Match[str]) -> str:
         if found["kind"] in ("benchmark", "goals"):
             lines = _rows(root, found["name"], all_rows=found["kind"] == "benchmark")
+        elif found["kind"] in ("choice", "pairs"):
+            lines = (_choice if found["kind"] == "choice" else _pairs)(root, found["name"])
         else:
             lines = _quote(page, root, found["name"]) if found["name"] else _list(page, root)
         return found[1] + "".join(f"{line}\n" for line in lines) + "<!-- end -->"
@@ -98,6 +105,68 @@ def _rows(root: Path, name: str, *, all_rows: bool) -> Iterator[str]:
         value = f"{row['value']:,.3f}" if row["unit"] == "ratio" else f"{row['value']:,.0f} {row['unit']}"
         verdict = "" if row["met"] is None else "met" if row["met"] else "**not met**"
         yield f"| {_plain(row['name'])} | {value} | {row['goal'] or ''} | {verdict} |"
+
+
+def _choice(root: Path, name: str) -> Iterator[str]:
+    """The best two variants within each part of the reference's cache, with the share of resamples in which each is the best."""
+    section = _first_section(root, name)
+    if section is None or not section.get("budgets"):
+        yield f"No result of the study `{name}` has been kept yet."
+        return
+    yield "| of the cache | choose | its cache | loss | best in | or | its cache | loss | best in |"
+    yield "|--:|---|--:|--:|--:|---|--:|--:|--:|"
+    for budget in section["budgets"]:
+        full = budget["cost"] / budget["share_of_reference"]
+        cells = [f"{100 * budget['share_of_reference']:.4g}%"]
+        for variant in (budget["variants"] + [None, None])[:2]:
+            cells += ["–"] * 4 if variant is None else _chosen(section, variant, full)
+        yield f"| {' | '.join(cells)} |"
+
+
+def _chosen(section: dict[str, Any], variant: dict[str, Any], full: float) -> list[str]:
+    certain = variant["best_in_resamples"]
+    return [
+        _label(section, variant["variant"]),
+        f"{100 * variant['cost'] / full:.3g}%",
+        _number({**variant, "mean": variant["loss"]}, signed=False),
+        "–" if certain is None else f"{100 * certain:.0f}%",
+    ]
+
+
+def _pairs(root: Path, name: str) -> Iterator[str]:
+    """Every pair that is equal in cache, parameters or operations: how much more the first loses than the second."""
+    section = _first_section(root, name)
+    if section is None:
+        return
+    for number, quantity in enumerate(dict.fromkeys(pair["within"] for pair in section["comparisons"])):
+        yield from [""] if number else []
+        yield f"| equal {QUANTITIES.get(quantity, quantity)} | against | difference | n |"
+        yield "|---|---|--:|--:|"
+        for pair in section["comparisons"]:
+            shown = pair["difference"]
+            if pair["within"] == quantity and shown["n"]:
+                labels = (_label(section, pair["variant"]), _label(section, pair["other"]))
+                yield f"| {' | '.join(labels)} | {_number(shown, signed=True)} | {shown['n']} |"
+
+
+def _first_section(root: Path, name: str) -> dict[str, Any] | None:
+    report = _report(root, name)
+    return None if report is None else report["sections"][0]
+
+
+def _label(section: dict[str, Any], name: str) -> str:
+    return _plain(next(variant["label"] for variant in section["variants"] if variant["name"] == name))
+
+
+def _number(shown: dict[str, Any], *, signed: bool) -> str:
+    """A mean and its interval, as precise as half of the interval's width to two digits."""
+    low, high = shown["low"], shown["high"]
+    sign = "+" if signed else ""
+    if low is None or high is None:
+        return f"{shown['mean']:{sign}.3f}"
+    places = max(0, 1 - math.floor(math.log10((high - low) / 2))) if high > low else 3
+    texts = [f"{value:{sign}.{places}f}".replace("-", "−") for value in (shown["mean"], low, high)]
+    return f"{texts[0]} \\[{texts[1]}, {texts[2]}\\]"
 
 
 def _link(page: Path, root: Path, name: str) -> str:

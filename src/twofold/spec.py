@@ -209,11 +209,14 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields; :meth:`from_dict` gives the same spec back."""
-        return asdict(replace(self)) | {
+        values = asdict(replace(self)) | {
             "tie": str(self.tie),
             "positions": positions_to_dict(self.positions),
             "window_tokens": list(self.window_tokens),
         }
+        if not self.latent_dim:  # it came later, and runs without it keep their fingerprints
+            del values["latent_dim"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
-from twofold.cost import cached_floats_per_token, dtype_bytes, parameters, training_flops_per_token
+from twofold.cost import dtype_bytes, mean_cached_floats_per_token, parameters, training_flops_per_token
 from twofold.errors import TwofoldError
 from twofold.spec import ModelSpec
 from twofold.study.plan import PlannedTask, StudyPlan
@@ -43,16 +43,17 @@ class TaskAnswer:
 
 @dataclass(frozen=True, kw_only=True)
 class _Model:
-    """A model and its counts."""
+    """A model and its counts; a layer with a window caches what it holds of a whole example, over the example's tokens (rounded)."""
 
     spec: ModelSpec
     parameters: int
     cached_floats_per_token: int
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Self:
+    def of(cls, fields: Mapping[str, Any], context: int) -> Self:
         spec = ModelSpec.from_dict(fields)
-        return cls(spec=spec, parameters=parameters(spec), cached_floats_per_token=cached_floats_per_token(spec))
+        cached = round(mean_cached_floats_per_token(spec, context))
+        return cls(spec=spec, parameters=parameters(spec), cached_floats_per_token=cached)
 
 
 def expand(
@@ -117,7 +118,7 @@ class _Expansion:
             yield Entry(
                 task=task.name,
                 variant=variant.name,
-                label=variant.label or str(model.spec.tie),
+                label=variant.label or model.spec.mechanism,
                 tie=str(model.spec.tie),
                 kind=variant.kind,
                 note=variant.note,
@@ -135,9 +136,10 @@ class _Expansion:
     def _model(self, task: PlannedTask, variant: Variant, answer: TaskAnswer) -> _Model:
         of_variant = task.variant_models.get(variant.name, {})
         fields = {**self.plan.model, **answer.model_fields, **task.model, **variant.model, **of_variant}
-        key = json.dumps(fields, sort_keys=True)
+        context = answer.tokens_per_example
+        key = json.dumps([fields, context], sort_keys=True)
         if key not in self._models:
-            self._models[key] = _named(f"task {task.name}, variant {variant.name}", lambda: _Model.of(fields))
+            self._models[key] = _named(f"task {task.name}, variant {variant.name}", lambda: _Model.of(fields, context))
         return self._models[key]
 
 
