@@ -202,6 +202,7 @@ def provenance(summary: Summary) -> list[tuple[str, str]]:
         ("Platform", str(told.get("platform") or "")),
         ("Workers", str(workers(summary) or "")),
         ("Seeds", ", ".join(map(str, summary.plan.seeds))),
+        ("Seeds that choose", ", ".join(map(str, summary.plan.choosing_seeds))),
         ("Begun", str(told.get("started_at") or "")),
         ("Plan, SHA-256", summary.plan.plan_hash),
     ]
