@@ -6,7 +6,8 @@
 A block ``<!-- result: NAME -->`` holds the picture and the answer of ``docs/results/NAME``; the block ``<!-- results -->`` lists all results that there
 are; a block ``<!-- benchmark: NAME -->`` holds the rows of ``docs/results/NAME.json``, as ``benchmarks/NAME.py --json`` printed them, and
 ``<!-- goals: NAME -->`` those of them that have a goal. ``<!-- choice: NAME -->`` says what to choose within parts of the cache, and
-``<!-- pairs: NAME -->`` the differences of all pairs that are equal in something, both for the first task of ``docs/results/NAME``. A test fails
+``<!-- pairs: NAME -->`` the differences of all pairs that are equal in something, both for the first task of ``docs/results/NAME``. ``<!-- question: NAME -->``
+and ``<!-- plane: NAME -->`` are what the map ``docs/results/NAME/plane.json`` says of the tie that was asked about, and the map itself. A test fails
 where a page says anything else than the files.
 """
 
@@ -24,9 +25,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs", "results")
+HIGHEST_CLIFFS = 5
 QUANTITIES = {"flops": "operations of training"}
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>results?|benchmark|goals|choice|pairs)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (?P<kind>results?|benchmark|goals|choice|pairs|question|plane)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -42,6 +44,8 @@ def quoted(page: Path, root: Path = ROOT) -> str:
     def block(found: re.Match[str]) -> str:
         if found["kind"] in ("benchmark", "goals"):
             lines = _rows(root, found["name"], all_rows=found["kind"] == "benchmark")
+        elif found["kind"] in ("question", "plane"):
+            lines = _asked(root, found["name"]) if found["kind"] == "question" else _plane(page, root, found["name"])
         elif found["kind"] in ("choice", "pairs"):
             lines = (_choice if found["kind"] == "choice" else _pairs)(root, found["name"])
         else:
@@ -105,6 +109,37 @@ def _rows(root: Path, name: str, *, all_rows: bool) -> Iterator[str]:
         value = f"{row['value']:,.3f}" if row["unit"] == "ratio" else f"{row['value']:,.0f} {row['unit']}"
         verdict = "" if row["met"] is None else "met" if row["met"] else "**not met**"
         yield f"| {_plain(row['name'])} | {value} | {row['goal'] or ''} | {verdict} |"
+
+
+def _map(root: Path, name: str) -> dict[str, Any] | None:
+    path = root / RESULTS / name / "plane.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _asked(root: Path, name: str) -> Iterator[str]:
+    """What a map answers to the question about one of its ties, task by task."""
+    found = _map(root, name)
+    if found is None:
+        yield f"Not measured yet: no result of the study `{name}` has been kept."
+        return
+    for sentence in found["question"]["sentences"]:
+        yield f"- {_plain(sentence)}"
+
+
+def _plane(page: Path, root: Path, name: str) -> Iterator[str]:
+    """The picture of a map, and for the loss of each task: which regions are good, how many steps are cliffs, and the highest of them."""
+    found = _map(root, name)
+    if found is None:
+        yield f"No result of the study `{name}` has been kept yet."
+        return
+    folder = _link(page, root, name)
+    yield f"[![The plane of ties: a disc for each task, a mark for each tie, pale where the loss is low, red where a cliff is]({folder}/plane.svg)]({folder}/plane.html)"
+    for sheet in found["sheets"]:
+        if sheet["is_loss"]:
+            yield ""
+            yield f"**{_plain(sheet['title'])}.** " + " ".join(_plain(sentence) for sentence in sheet["sentences"])
+            yield from ["", "The highest:", ""] if sheet["cliffs"] else []
+            yield from (f"- {_plain(cliff['text'])}" for cliff in sheet["cliffs"][:HIGHEST_CLIFFS])
 
 
 def _choice(root: Path, name: str) -> Iterator[str]:

@@ -432,7 +432,7 @@ def test_every_built_in_study_holds_a_negative_and_a_positive_control():
 
 
 def test_there_are_the_studies_that_were_promised():
-    assert plans.names() == ("capability", "frontier", "laptop", "paper-synthetic", "rotary", "rotary-late", "smoke")
+    assert plans.names() == ("capability", "frontier", "laptop", "paper-synthetic", "plane", "rotary", "rotary-late", "smoke")
 
 
 def test_laptop_holds_eight_ties_and_controls_of_every_kind():
