@@ -16,6 +16,7 @@ from twofold.report.summary import Section, Summary, VariantSummary
 from twofold.study.statistics import Interval, PairedDifference, detectable_difference, share_error
 
 POWER = 0.8
+NOTHING = 1e-12  # what rounding leaves of differences that are equal
 AT_CHANCE = "At chance: no information"
 _TWO_SIDED = float(stats.norm.ppf(0.975))
 
@@ -44,7 +45,7 @@ def evidence(summary: Summary, section: Section) -> Evidence | None:
     seen = [
         (detectable_difference(_deviation(v.score_difference), v.score_difference.n), v.score_difference.n)
         for v in section.measured
-        if not v.is_reference and _deviation(v.score_difference) > 0
+        if not v.is_reference and _deviation(v.score_difference) > NOTHING
     ]
     return Evidence(
         chance=facts.chance,

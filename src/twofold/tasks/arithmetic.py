@@ -47,8 +47,8 @@ class ArithmeticOptions(QuestionOptions):
 def carry_depth(a: int, b: int) -> int:
     """How many carries follow one another, at most, when a and b (0 or more) are added by hand.
 
-    >>> carry_depth(12, 34), carry_depth(15, 17), carry_depth(999, 1), carry_depth(1909, 191)
-    (0, 1, 3, 2)
+    >>> carry_depth(12, 34), carry_depth(15, 17), carry_depth(999, 1), carry_depth(505, 505)
+    (0, 1, 3, 1)
     """
     carry = run = longest = 0
     while a or b or carry:
