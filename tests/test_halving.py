@@ -68,6 +68,31 @@ def outcomes(model: Any, length: int, padding: int) -> dict[str, Tensor]:
     return said
 
 
+@pytest.mark.parametrize("name", ["gemma", "llama"])
+def test_padding_in_the_middle_of_a_text(name: str):
+    with norms_in_float64():
+        model = gemma() if name == "gemma" else randomized(MULTI_HEAD[name]())
+        text, mask = tokens(2, 15), mask_of(2, 15, 2)
+        mask[1, 4:7] = 0
+        alike = {"input_ids": text, "attention_mask": mask}
+        before = generated(model, **alike)
+        static = generated(model, cache_implementation="static", disable_compile=True, **alike)
+        # Positions that count the padding too, as a bare forward pass has them.
+        first = cache_of(model(text[:, :9], attention_mask=mask[:, :9], use_cache=True))
+        counted = model(text[:, 9:], attention_mask=mask, **going_on(model, first)).logits
+        halve(model)
+        for expected, found in (
+            (before, generated(model, **alike)),
+            (static, generated(model, cache_implementation="static", disable_compile=True, **alike)),
+        ):
+            assert torch.equal(expected[0], found[0])
+            torch.testing.assert_close(found[1], expected[1])
+        first = cache_of(model(text[:, :9], attention_mask=mask[:, :9], use_cache=True))
+        torch.testing.assert_close(
+            model(text[:, 9:], attention_mask=mask, **going_on(model, first)).logits, counted, rtol=1e-5, atol=1e-5
+        )
+
+
 def check(before: dict[str, Tensor], after: dict[str, Tensor], bound: float) -> None:
     for name, expected in before.items():
         if expected.is_floating_point():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from twofold.attention import Attention
     from twofold.cache import TiedCache
     from twofold.errors import TieError, TwofoldError
+    from twofold.existing import halve, restore
     from twofold.models import (
         TwofoldConfig,
         TwofoldForCausalLM,
@@ -71,8 +72,10 @@ __all__ = [
     "__version__",
     "build_model",
     "evaluate",
+    "halve",
     "load_model",
     "load_task",
+    "restore",
     "train",
 ]
 
@@ -104,8 +107,10 @@ _HOMES = {
     "TwofoldForTokenClassification": "models",
     "build_model": "models",
     "evaluate": "training.evaluation",
+    "halve": "existing",
     "load_model": "models",
     "load_task": "tasks",
+    "restore": "existing",
     "train": "training.trainer",
 }
 _MODULES = (
@@ -113,6 +118,7 @@ _MODULES = (
     "cache",
     "cost",
     "errors",
+    "existing",
     "explain",
     "export",
     "kernels",

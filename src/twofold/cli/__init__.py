@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from twofold._version import __version__
-from twofold.cli import claims, doctor, estimate, evaluate, explain, export, generate, geometry, harness, study, train
+from twofold.cli import claims, doctor, estimate, evaluate, explain, export, generate, geometry, halve, harness, study, train
 from twofold.cli.commands import Commands
 from twofold.cli.examples import epilog
 from twofold.cli.study import overview, report, run
@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, ModuleType] = MappingProxyType(
         "generate": generate,
         "export": export,
         "geometry": geometry,
+        "halve": halve,
         "harness": harness,
         "study run": run,
         "study report": report,

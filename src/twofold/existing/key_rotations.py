@@ -81,11 +81,21 @@ class KeyRotations:
         return self.module(*arguments)
 
 
-def key_positions(num_keys: int, last_slot: int | Tensor, position_ids: Tensor) -> Tensor:
+def key_positions(
+    num_keys: int, last_slot: int | Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
     """Where each of S cached keys stands, [B or 1, S], given the positions [B or 1, T] of the new tokens, the last of which is in ``last_slot``.
 
-    Tokens of a text are successive, so a key stands as far before the last token as its slot is before that one's; slots of padding, which nobody
-    sees, and of tokens that are still to come get some position or other that the table has.
+    Tokens of a text are successive, so a key stands as far before the last token as its slot is before that one's. Where a mask [B, 1, T, S] hides
+    slots and the last token's position counts only those that it sees, as ``generate`` counts, so does every key's: there may be padding in the middle
+    of a text. Slots that nobody sees get some position or other that the table has.
     """
     slots = torch.arange(num_keys, device=position_ids.device)
-    return (slots[None] - last_slot + position_ids[:, -1:]).clamp(min=0)
+    last = position_ids[:, -1:]
+    by_slot = (slots[None] - last_slot + last).clamp(min=0)
+    if attention_mask is None:
+        return by_slot
+    seen = attention_mask[:, 0, -1]
+    seen = seen if seen.dtype == torch.bool else seen == 0
+    counted = seen.long().cumsum(dim=-1) - 1
+    return torch.where(counted[:, -1:] == last, counted.clamp(min=0), by_slot)

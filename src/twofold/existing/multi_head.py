@@ -213,7 +213,14 @@ class MultiHeadForward:
         every, seen = append(cache, kept, index)
         if crossing and isinstance(whole, EncoderDecoderCache):
             whole.is_updated[index] = True
-        held = read(self.layer, (kept, every), seen, self.rotations, own, arguments.get("position_ids"))
+        held = read(
+            self.layer,
+            (kept, every),
+            seen,
+            self.rotations,
+            own,
+            (arguments.get("position_ids"), arguments.get("attention_mask")),
+        )
         return held, lost if held.is_new else None
 
     def _made(self, stream: Tensor) -> Tensor:

@@ -57,9 +57,13 @@ def read(
     seen: int | Tensor,
     rotations: KeyRotations | None,
     own: Rotation | None,
-    position_ids: Tensor | None,
+    given: tuple[Tensor | None, Tensor | None],
 ) -> Held:
-    """``streams``, of the new tokens and of all, with the turning of all keys; ``own`` is that of the new ones."""
+    """``streams``, of the new tokens and of all, with the turning of all keys; ``own`` is that of the new ones.
+
+    ``given`` are the positions [B or 1, T] and the mask [B, 1, T, S] that the layer was given.
+    """
+    position_ids, attention_mask = given
     stream, every = streams
     num_new, num_keys = stream.shape[2], every.shape[2]
     is_new = num_keys == num_new and isinstance(seen, int) and seen == 0
@@ -69,7 +73,7 @@ def read(
         raise TwofoldError(
             f"{type(layer).__name__} was given a cache and no position_ids, without which no key can be turned."
         )
-    positions = key_positions(num_keys, seen + num_new - 1, position_ids)
+    positions = key_positions(num_keys, seen + num_new - 1, position_ids, attention_mask)
     return Held(every, rotations.at(positions, stream), is_new)
 
 

@@ -68,7 +68,7 @@ class SharedNormForward:
         own = self.rotations.of_tokens(position_embeddings)
         query = own.turn(layer.q_norm(layer.q_proj(hidden_states).view(heads)).transpose(1, 2))
         stream = layer.v_norm(layer.k_proj(hidden_states).view(heads)).transpose(1, 2)
-        held = self._held(stream, own, arguments)
+        held = self._held(stream, own, arguments | {"attention_mask": attention_mask})
         scale = layer.k_norm.weight.to(stream.dtype)
         if getattr(layer, "store_full_length_kv", False):
             # Later layers, and a drafting model, read these; they live as long as this pass.
@@ -89,7 +89,14 @@ class SharedNormForward:
             every, _ = layer.append_to_cache(cache, stream, stream[..., :0])
         else:
             every, seen = append(cache, stream, layer.layer_idx)
-        return read(layer, (stream, every), seen, self.rotations, own, arguments.get("position_ids"))
+        return read(
+            layer,
+            (stream, every),
+            seen,
+            self.rotations,
+            own,
+            (arguments.get("position_ids"), arguments["attention_mask"]),
+        )
 
 
 def rotary_of(model: nn.Module, name: str) -> nn.Module:

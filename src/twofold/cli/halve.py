@@ -1,0 +1,155 @@
+"""``twofold halve``: what one tensor in the cache would be for a model that others trained, and whether it is the same model still."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from twofold.cli.examples import Example
+from twofold.cli.fitting import Device, computing_on
+from twofold.cli.output import Json, show, show_json
+from twofold.lazy import Lazy
+from twofold.picture import LABEL, QUIET, bytes_text, change_text
+
+if TYPE_CHECKING:
+    from twofold.existing import halving, loading
+else:
+    halving, loading = Lazy("twofold.existing.halving"), Lazy("twofold.existing.loading")
+
+EXAMPLES = (
+    Example(command="twofold halve ~/models/gemma-4-12b", purpose="Which layers keep one tensor, and what that saves."),
+    Example(
+        command='twofold halve ~/models/pythia-160m --text "It was the best of times" --new-tokens 40',
+        purpose="And does it say the same? A text through both, token by token from the cache.",
+    ),
+    Example(
+        command="twofold halve openai-community/gpt2 --max-error 0.05 --keep keys",
+        purpose="A multi-head model: keep keys, in every layer where rounding costs values less than 5%.",
+    ),
+    Example(command="twofold halve ~/models/gpt2 --json | jq '.layers[] | {name, kept}'", purpose="For programs."),
+)
+MEANINGS = {
+    "stream": "one tensor is key and value",
+    "keys": "keys (values follow)",
+    "values": "values (keys follow)",
+    "both": "both, as before",
+}
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="A folder with config.json and safetensors, or a name on the hub.")],
+    *,
+    text: Annotated[str, typer.Option(help="Compare answers on this text.", show_default=False)] = "",
+    new_tokens: Annotated[int, typer.Option(help="Tokens of the answer to it.", metavar="N", min=1)] = 20,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Lengths to count bytes at.", show_default="1024, 8192, 32768")
+    ] = None,
+    keep: Annotated[
+        Literal["auto", "keys", "values"],
+        typer.Option(help="What multi-head layers keep; auto: what the other is better made from."),
+    ] = "auto",
+    max_error: Annotated[
+        float,
+        typer.Option(
+            help="Leave layers as they are whose other tensor rounding would move by more.", metavar="X", min=0
+        ),
+    ] = 0.02,
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Type of the weights; auto: as stored.")
+    ] = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Half the cache of a model that others trained, layer by layer: what is kept, what it saves and what it costs. Nothing is written."""
+    lengths = tokens or [1024, 8192, 32768]
+    with computing_on(device) as place:
+        loaded = loading.load(model, dtype=loading.DTYPES.get(dtype, "auto")).to(place)
+        trial = None
+        if text:
+            report, trial = loading.attempt(loaded, model, text, new_tokens=new_tokens, keep=keep, max_error=max_error)
+        else:
+            report = halving.halve(loaded, keep=keep, max_error=max_error)
+    if as_json:
+        show_json(_values(model, report, lengths, trial))
+        return
+    reasons = dict.fromkeys(layer.reason for layer in report.layers if layer.reason)
+    show(
+        _layers(report),
+        *(Text(f"As before: {reason}.", style=QUIET) for reason in reasons),
+        _bytes(report, lengths),
+        *([] if trial is None else [_trial(trial)]),
+    )
+
+
+def _values(
+    model: str, report: halving.HalvingReport, lengths: list[int], trial: loading.Trial | None
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "class": report.model,
+        "dtype": str(report.dtype).removeprefix("torch."),
+        "layers": [asdict(layer) for layer in report.layers],
+        "cache_bytes": [
+            {"tokens": length, "before": report.cache_bytes(length, halved=False), "after": report.cache_bytes(length)}
+            for length in lengths
+        ],
+        "trial": None if trial is None else asdict(trial),
+    }
+
+
+def _layers(report: halving.HalvingReport) -> Table:
+    """Layers that are alike in one row."""
+    table = Table(box=box.SIMPLE_HEAD, header_style=LABEL, pad_edge=False)
+    for name, justify in (
+        ("layers", "right"),
+        ("its cache holds", "left"),
+        ("floats per token", "right"),
+        ("window", "right"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    has_errors = any(layer.measured_error for layer in report.layers)
+    if has_errors:
+        table.add_column("error", justify="right")
+    alike = Counter((layer.kept, layer.cached_floats, layer.window_tokens) for layer in report.layers)
+    for (kept, floats, window), count in alike.items():
+        same = [
+            layer
+            for layer in report.layers
+            if (layer.kept, layer.cached_floats, layer.window_tokens) == (kept, floats, window)
+        ]
+        counts = f"{floats[0]:,} → {floats[1]:,}" if floats[0] != floats[1] else f"{floats[0]:,}"
+        cells = [f"{count}", MEANINGS[kept], counts, f"{window:,}" if window else ""]
+        if has_errors:
+            cells.append(f"{max(layer.measured_error for layer in same):.2g}")
+        table.add_row(*cells)
+    return table
+
+
+def _bytes(report: halving.HalvingReport, lengths: list[int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style=LABEL, pad_edge=False)
+    for name in ("tokens", "cache before", "after", "change"):
+        table.add_column(name, justify="right")
+    for length in lengths:
+        before, after = report.cache_bytes(length, halved=False), report.cache_bytes(length)
+        table.add_row(f"{length:,}", bytes_text(before), bytes_text(after), change_text(after, before))
+    return table
+
+
+def _trial(trial: loading.Trial) -> Table:
+    """What the text said."""
+    table = Table.grid(padding=(0, 2))
+    before, after = trial.cache_bytes
+    rows = {
+        "text": f"{trial.tokens:,} tokens in the cache: {bytes_text(before)} before, {bytes_text(after)} after, measured",
+        "logits": f"moved by {trial.logit_error:.2g} of their size",
+        "answer": f"the same {trial.same_tokens:,} of {trial.new_tokens:,} tokens, greedy",
+    }
+    for name, said in rows.items():
+        table.add_row(Text(name, style=LABEL), said)
+    return table

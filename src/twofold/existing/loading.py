@@ -1,0 +1,116 @@
+"""A model that others trained, from a folder or from the hub, and what halving does to its answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from twofold.errors import TwofoldError
+from twofold.existing.halving import HalvingReport, Keep, halve
+from twofold.models.causal_lm import CACHE_FIELD
+from twofold.models.checkpoint import weight_files
+
+
+def load(name: str, **options: Any) -> PreTrainedModel:
+    """The model of its own class that a folder or a name on the hub holds, ready for inference. ``options`` are those of ``from_pretrained``.
+
+    Only safetensors are read, and no code comes with them: a pickle, and code, can run anything. Raises TwofoldError for what cannot be read.
+    """
+    if Path(name).is_dir():
+        weight_files(Path(name))  # refuses pickles, and says which file is missing
+    elif Path(name).exists() or name.startswith((".", "/", "~")):
+        raise TwofoldError(
+            f"{name} is no folder: give the folder that save_pretrained wrote, or a model's name on the hub."
+        )
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        if kind is None:
+            raise TwofoldError(
+                f"The config of {name} names no architecture that Transformers {transformers.__version__} has."
+            )
+        model = kind.from_pretrained(name, use_safetensors=True, **({"dtype": "auto"} | options))
+    except TwofoldError:
+        raise
+    except Exception as error:  # noqa: BLE001 (a model's own classes may raise anything)
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise TwofoldError(f"{name} cannot be read by Transformers ({reason}).") from None
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STEPS = 64
+"""Tokens at the end of a text whose logits are compared: each is a step of its own."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One text through the model before and after: bytes of its cache, and what came of it.
+
+    ``logit_error`` is the root mean square of the logits' differences over that of the logits. ``same_tokens`` of the ``new_tokens`` greedy ones agree
+    before the first that differs.
+    """
+
+    tokens: int
+    cache_bytes: tuple[int, int]
+    logit_error: float
+    new_tokens: int
+    same_tokens: int
+
+
+@torch.no_grad()
+def attempt(
+    model: Any, name: str, text: str, *, new_tokens: int, keep: Keep, max_error: float
+) -> tuple[HalvingReport, Trial]:
+    """Halve ``model`` and compare it with what it was on ``text``. Raises TwofoldError for a model that makes no text of text, or has no tokenizer."""
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise TwofoldError(f"{type(model).__name__} does not go on with a text: leave the text out.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 (a tokenizer's own code may raise anything)
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise TwofoldError(f"The tokenizer of {name} cannot be read ({reason}): leave the text out.") from None
+    if len(tokenizer) < 2:
+        raise TwofoldError(f"{name} has no tokenizer: leave the text out.")
+    encoded = tokenizer(text, return_tensors="pt")
+    tokens: Tensor = encoded["input_ids"].to(model.device)
+    if tokens.shape[1] < 2:
+        raise TwofoldError("The text is shorter than two tokens: nothing would be read from a cache.")
+    before = _answer(model, tokens, new_tokens)
+    report = halve(model, keep=keep, max_error=max_error)
+    after = _answer(model, tokens, new_tokens)
+    made = [answer[1][0, tokens.shape[1] :].tolist() for answer in (before, after)]
+    differing = (at for at, pair in enumerate(zip(*made, strict=False)) if pair[0] != pair[1])
+    scale = before[0].square().mean().sqrt()
+    return report, Trial(
+        tokens=tokens.shape[1] + len(made[0]) - 1,
+        cache_bytes=(before[2], after[2]),
+        logit_error=float((after[0] - before[0]).square().mean().sqrt() / scale),
+        new_tokens=len(made[0]),
+        same_tokens=next(differing, min(map(len, made))),
+    )
+
+
+def _answer(model: Any, tokens: Tensor, new_tokens: int) -> tuple[Tensor, Tensor, int]:
+    """Logits of the last tokens, read from a cache one token at a time; a greedy answer; and the bytes of its cache."""
+    first = max(1, tokens.shape[1] - STEPS)
+    output = model(tokens[:, :first], use_cache=True)
+    logits = []
+    for at in range(first, tokens.shape[1]):
+        output = model(tokens[:, [at]], use_cache=True, **{CACHE_FIELD: output[CACHE_FIELD]})
+        logits.append(output.logits[:, -1].float())
+    answer = model.generate(tokens, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
+    return torch.stack(logits), answer.sequences, cache_bytes(answer[CACHE_FIELD])
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of what the layers of one of Transformers' caches hold."""
+    layers = (layer for layer in cache.layers if layer.is_initialized)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

@@ -1,0 +1,110 @@
+"""``twofold halve``: tables, JSON, a text through both, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from halving_models import MULTI_HEAD, gemma, randomized
+from twofold.cli import app
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["halve", *map(str, arguments)], prog_name="twofold")
+
+
+def told(*arguments: object) -> dict[str, Any]:
+    done = invoke(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def mistake(*arguments: object) -> str:
+    done = invoke(*arguments)
+    assert (done.exit_code, done.stdout) == (2, ""), done.output
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("Error: ")
+    assert line.endswith(".")
+    return line
+
+
+def folder(path: Path, model: nn.Module, *, tokenizer: bool = True) -> Path:
+    saved: Any = model
+    saved.save_pretrained(path)
+    if tokenizer:
+        signs = {chr(32 + index): index for index in range(95)} | {"?": 95}
+        letters = Tokenizer(models.WordLevel(vocab=signs, unk_token="?"))
+        letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        transformers.PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=" ").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("gemma"), gemma().float())
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return folder(tmp_path_factory.mktemp("gpt2"), randomized(MULTI_HEAD["gpt2"]()).float(), tokenizer=False)
+
+
+def test_gemma_is_told_layer_by_layer_and_at_lengths(gemma_folder: Path):
+    done = invoke(gemma_folder, "--tokens", 100, "--tokens", 4000)
+    assert done.exit_code == 0, done.output
+    assert "one tensor is key and value" in done.stdout
+    assert "64 → 32" in done.stdout
+    values = told(gemma_folder, "--tokens", 100)
+    kept = [layer["kept"] for layer in values["layers"]]
+    assert kept == ["both", "both", "stream"] * 2
+    assert values["cache_bytes"] == [
+        {"tokens": 100, "before": 4 * (2 * 64 * 100 + 4 * 64 * 8), "after": 4 * (2 * 32 * 100 + 4 * 64 * 8)}
+    ]
+
+
+def test_a_text_goes_through_both(gemma_folder: Path):
+    trial = told(gemma_folder, "--text", "the best of times", "--new-tokens", 9)["trial"]
+    assert trial["same_tokens"] == trial["new_tokens"] >= 1
+    assert trial["logit_error"] < 1e-5
+    before, after = trial["cache_bytes"]
+    assert before - after == 2 * 32 * 4 * trial["tokens"]
+    said = f"the same {trial['new_tokens']} of {trial['new_tokens']} tokens"
+    assert said in invoke(gemma_folder, "--text", "the best of times", "--new-tokens", 9).stdout
+
+
+def test_a_multi_head_model_is_told_with_its_errors(gpt2_folder: Path):
+    done = invoke(gpt2_folder)
+    assert "error" in done.stdout
+    assert "follow" in done.stdout
+    layers = told(gpt2_folder, "--keep", "keys", "--dtype", "bf16", "--max-error", 1)["layers"]
+    assert {layer["kept"] for layer in layers} == {"keys"}
+    for layer in layers:
+        assert 0.5 < layer["measured_error"] / layer["predicted_error"] < 2
+        assert layer["condition"] > 1
+
+
+def test_mistakes(tmp_path: Path, gpt2_folder: Path):
+    assert "is no folder" in mistake(tmp_path / "nothing")
+    assert "no tokenizer" in mistake(gpt2_folder, "--text", "abc")
+    assert "max_error" in mistake(gpt2_folder, "--max-error", 0)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    assert "holds no model.safetensors" in mistake(empty)
+    torch.save({}, empty / "pytorch_model.bin")
+    assert "pickle" in mistake(empty)
+    save_file({"x": torch.zeros(2)}, empty / "model.safetensors")
+    whole = (empty / "model.safetensors").read_bytes()
+    (empty / "model.safetensors").write_bytes(whole[:-3])
+    mistake(empty)
+    (empty / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["Invented"]}))
+    assert "names no architecture" in mistake(empty)

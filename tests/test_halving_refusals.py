@@ -1,0 +1,212 @@
+"""What cannot be halved is refused in one sentence, and the model is then, bit for bit, what it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from halving_models import MULTI_HEAD, PER_LAYER_INPUTS, gemma, gemma_config, going_on, randomized, tokens
+from twofold.errors import TwofoldError
+from twofold.existing import halve, is_halved, restore
+from twofold.existing.low_bits import quantized_cache
+
+Before = tuple[dict[str, torch.Tensor], dict[str, set[str]]]
+
+
+def state(model: nn.Module) -> Before:
+    """All tensors, copied, and the names of everything that every module carries."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    return tensors, {name: set(vars(module)) for name, module in model.named_modules()}
+
+
+def refused(model: nn.Module, part: str, **options: Any) -> str:
+    tensors, attributes = state(model)
+    with pytest.raises(TwofoldError, match=part) as caught:
+        halve(model, **options)
+    after, attributes_after = state(model)
+    assert attributes == attributes_after
+    assert tensors.keys() == after.keys()
+    assert all(torch.equal(tensors[name], after[name]) for name in tensors)
+    sentence = str(caught.value)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    return sentence
+
+
+def llama(**changes: Any) -> Any:
+    sizes: dict[str, Any] = {
+        "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    return randomized(transformers.LlamaForCausalLM(transformers.LlamaConfig(**(sizes | changes))))
+
+
+def test_an_unknown_architecture():
+    assert "Gemma4Text" in refused(nn.Linear(3, 3).eval(), "no attention that is known here")
+
+
+def test_grouped_heads_are_told_the_theorem():
+    sentence = refused(llama(num_key_value_heads=2), "4 query heads share 2 KV heads")
+    assert "only retraining" in sentence
+
+
+def test_a_model_that_is_halved_already():
+    model = gemma()
+    halve(model)
+    refused(model, "halved already")
+    restore(model)
+    halve(model)
+
+
+def test_a_model_in_training():
+    refused(gemma().train(), "in training")
+
+
+def test_weights_that_are_not_there():
+    with torch.device("meta"):
+        model = transformers.Gemma4ForCausalLM(gemma_config()).eval()
+    refused(model, "meta device")
+
+
+def test_a_singular_projection():
+    model = llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight[0] = layer.self_attn.k_proj.weight[1]
+    refused(model, "has no inverse")
+
+
+def test_layers_that_would_lose_too_much_are_left_and_the_others_halved():
+    model = llama().bfloat16()
+    report = halve(model, max_error=1.0)
+    worse = max(layer.measured_error for layer in report.layers)
+    restore(model)
+    report = halve(model, max_error=worse * 0.999)
+    kept = {layer.measured_error: layer.kept for layer in report.layers}
+    assert kept[worse] == "both"
+    assert sorted(kept.values()) == ["both", "keys"]
+    reason = next(layer.reason for layer in report.layers if layer.reason)
+    assert "max_error" in reason
+    restore(model)
+    refused(model, "max_error", max_error=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "part"),
+    [
+        ("phi", {"qk_layernorm": True}, "qk_layernorm is set"),
+        ("olmo", {"clip_qkv": 8.0}, "clip_qkv is set"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "frequencies change",
+        ),
+    ],
+)
+def test_keys_that_are_no_linear_map(name: str, changes: dict[str, Any], part: str):
+    model: Any = MULTI_HEAD[name]()
+    refused(randomized(type(model)(type(model.config)(**(model.config.to_dict() | changes)))), part)
+
+
+def test_keys_that_turn_are_made_from_no_values():
+    refused(llama(), "keep keys", keep="values")
+
+
+@pytest.mark.parametrize("what", ["eps", "scale", "projection"])
+def test_a_model_that_only_looks_like_gemma(what: str):
+    model = gemma()
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        if what == "eps":
+            attention.v_norm.eps = 1e-3
+        elif what == "scale":
+            attention.v_norm.with_scale = True
+        elif attention.v_proj is None:
+            attention.v_proj = nn.Linear(32, 32, bias=False).double()
+    refused(model, {"eps": "different lengths", "scale": "without its scale", "projection": "apart"}[what])
+
+
+def test_adapters_that_are_not_merged():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["k_proj"], r=2)).eval()
+    refused(adapted, "adapters")
+    merged = adapted.merge_and_unload().eval()
+    halve(merged)
+
+
+def test_weights_that_are_no_numbers():
+    model = llama()
+
+    class Packed(nn.Linear):
+        """What a quantizer puts in a projection's place."""
+
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.__class__ = Packed
+    refused(model, "Packed, whose weights cannot be inverted")
+
+
+def test_a_model_split_over_devices():
+    model = gemma()
+    model.model.embed_tokens.weight.placements = ("a tensor-parallel shard says this of itself",)
+    refused(model, "split over devices")
+
+
+def test_deepseek_is_told_that_it_has_one_tensor_already():
+    class DeepseekV4Attention(nn.Module):
+        """By its name."""
+
+    refused(nn.Sequential(DeepseekV4Attention()).eval(), "already caches one tensor")
+
+
+def test_masks_that_are_not_understood():
+    model = gemma()
+    halve(model)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(TwofoldError, match="does not understand the masks"):
+        model.model.layers[2].self_attn(
+            torch.zeros(1, 2, 32, dtype=torch.float64),
+            position_embeddings=(torch.ones(1, 2, 32).double(), torch.zeros(1, 2, 32).double()),
+            attention_mask=None,
+        )
+
+
+def test_a_quantized_cache_is_for_a_halved_model():
+    with pytest.raises(TwofoldError, match="not halved"):
+        quantized_cache(gemma())
+
+
+def test_restoring_what_is_not_halved_changes_nothing():
+    model = gemma(**PER_LAYER_INPUTS)
+    before = state(model)
+    restore(model)
+    assert state(model)[1] == before[1]
+    assert not any(is_halved(module) for module in model.modules())
+
+
+def test_hooks_that_move_tensors_stay():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = gemma()
+    text = tokens(1, 9)
+    expected = model(text).logits
+    calls: list[int] = []
+
+    class Counting(hooks.ModelHook):  # type: ignore[misc,name-defined]
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            del module
+            calls.append(1)
+            return args, kwargs
+
+    attention = model.model.layers[2].self_attn
+    hooks.add_hook_to_module(attention, Counting())
+    halve(model)
+    output = model(text, use_cache=True)
+    torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)
+    assert calls == [1]
+    model(text[:, :1], **going_on(model, output.get("cache", output.get("past_key_values"))))
+    restore(model)
+    torch.testing.assert_close(model(text).logits, expected)
+    assert len(calls) == 3
