@@ -72,9 +72,9 @@ class Frame:
 # Cells
 
 
-def cells(places: Sequence[Place], key: str) -> Markup:
-    """Definitions of each tie's area, by the number of its tie in ``places``: a path with the id ``cell-<key>-<number>``."""
-    directions = np.array([place.point.direction for place in places])
+def cells(points: Sequence[Point], key: str) -> Markup:
+    """Definitions of each tie's area, by the number of its tie in ``points``: a path with the id ``cell-<key>-<number>``."""
+    directions = np.array([point.direction for point in points])
     found = []
     for index, direction in enumerate(directions):
         outlines = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from twofold.plane import Point
 from twofold.report.answer import status
 from twofold.report.drawing import svg, tag
 from twofold.report.files import card
@@ -18,7 +19,7 @@ from twofold.report.page import figure_style, run_command
 from twofold.report.plane import words
 from twofold.report.plane.figure import Colours, Frame, cells, disc, scale
 from twofold.report.plane.figure import figure as drawn
-from twofold.report.plane.sheets import Place, Sheet
+from twofold.report.plane.sheets import Sheet
 from twofold.report.summary import Summary
 
 WIDE, NARROW = 720, 344
@@ -39,7 +40,7 @@ def html(summary: Summary, sheets: list[Sheet], report_command: str) -> str:
             tie=words.QUESTION,
             tasks=_tasks(sheets),
             sheets=[_view(sheet) for sheet in sheets],
-            geometries=[cells(places, key) for key, places in _geometries(sheets).items()],
+            geometries=[cells(points, key) for key, points in _geometries(sheets).items()],
             tips=json.dumps(_tips(sheets), ensure_ascii=False).replace("<", "\\u003c"),
             run_command=run_command(summary),
             report_command=report_command,
@@ -52,9 +53,9 @@ def _tasks(sheets: list[Sheet]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((sheet.section.name, sheet.section.title) for sheet in sheets))
 
 
-def _geometries(sheets: list[Sheet]) -> dict[str, tuple[Place, ...]]:
+def _geometries(sheets: list[Sheet]) -> dict[str, list[Point]]:
     """What cells there are, by key: sheets with the same ties share theirs."""
-    return {_geometry(sheet): sheet.places for sheet in sheets}
+    return {_geometry(sheet): [place.point for place in sheet.places] for sheet in sheets}
 
 
 def _geometry(sheet: Sheet) -> str:
@@ -140,7 +141,7 @@ def picture(sheets: list[Sheet]) -> str:
     shown = [sheet for sheet in sheets if sheet.is_loss]
     size, gap = 290.0, 30.0
     width, height = len(shown) * (size + gap) - gap, size + 150.0
-    parts = [cells(places, key) for key, places in _geometries(shown).items()]
+    parts = [cells(points, key) for key, points in _geometries(shown).items()]
     for index, sheet in enumerate(shown):
         left = index * (size + gap)
         frame = Frame(x=left + size / 2, y=58 + size / 2, radius=size / 2 - 6)
