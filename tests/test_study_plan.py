@@ -350,6 +350,17 @@ def test_a_plan_that_uses_nothing_new_keeps_the_hash_of_its_results(name: str):
 
 
 ENCODER = {"reverse", "sort", "sub", "swap", "copy"}
+_IMAGE = {
+    "architecture": "image_classification",
+    "num_labels": 10,
+    "causal": False,
+    "positions": {"kind": "learned", "length": 17},
+}
+VISION: dict[str, dict[str, Any]] = {
+    "digits": {**_IMAGE, "image_size": 8, "patch_size": 2, "num_channels": 1},
+    "images": {**_IMAGE, "image_size": 28, "patch_size": 7, "num_channels": 3},
+    "anomaly": {"architecture": "token_classification", "feature_size": 64, "num_labels": 2, "causal": False},
+}
 
 
 def answer_like_the_tasks(spec: TaskSpec) -> TaskAnswer:
@@ -360,6 +371,8 @@ def answer_like_the_tasks(spec: TaskSpec) -> TaskAnswer:
             "architecture": "token_classification", "vocab_size": 10, "num_labels": 10, "causal": False,
             "positions": {"kind": "learned", "length": length},
         }  # fmt: skip
+    elif spec.name in VISION:
+        fields = VISION[spec.name]
     else:
         fields = {"architecture": "causal_lm", "vocab_size": spec.options.get("vocab_size", 256), "causal": True}
     return TaskAnswer(
@@ -432,7 +445,22 @@ def test_every_built_in_study_holds_a_negative_and_a_positive_control():
 
 
 def test_there_are_the_studies_that_were_promised():
-    assert plans.names() == ("capability", "frontier", "laptop", "paper-synthetic", "plane", "rotary", "rotary-late", "smoke")
+    assert plans.names() == (
+        "budget",
+        "budget-gpu",
+        "capability",
+        "frontier",
+        "laptop",
+        "length",
+        "length-gpu",
+        "paper-synthetic",
+        "paper-vision",
+        "plane",
+        "rotary",
+        "rotary-late",
+        "smoke",
+        "width",
+    )
 
 
 def test_laptop_holds_eight_ties_and_controls_of_every_kind():
@@ -528,6 +556,19 @@ def test_paper_synthetic_is_the_papers_whole_grid():
     assert shapes == wanted
     assert set(next(iter(facts.values())).points) == {"width and heads", "layers", "length", "epochs"}
     assert not paper.keep_models
+
+
+def test_paper_vision_holds_the_papers_ties_and_one_point_of_its_grid():
+    paper, _, entries = expanded("paper-vision")
+    assert {task.task for task in paper.tasks} == set(VISION)
+    ties = {variant.name: entry_tie(entries, variant.name) for variant in paper.variants if variant.kind == "tie"}
+    assert sorted(ties.values()) == sorted(["(Q, K, V)", "(Q=K, V)", "(Q=K, V)+", "(Q, K=V)", "(Q=K=V)", "(Q=K=V)+"])
+    for entry in entries:
+        model = entry.run["model"]
+        assert (model["hidden_size"], model["num_hidden_layers"], model["num_attention_heads"]) == (64, 2, 4)
+        assert model["plus_channels"] == 50
+    # Only CIFAR-10 has to be brought along.
+    assert [task.name for task in paper.tasks if "path" in task.options] == ["cifar-10"]
 
 
 def entry_tie(entries: Any, variant: str) -> str:

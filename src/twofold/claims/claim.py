@@ -104,15 +104,16 @@ class RowEvidence(Rule):
 
 
 class ValueEvidence(Rule):
-    """A value in any other JSON file among the results: a number, or an object with ``mean``, ``low``, ``high`` and ``n``.
+    """A value in any JSON file among the results: a number, or an object with ``mean`` or ``value``, ``low``, ``high`` and perhaps ``n``.
 
-    ``at`` leads to it: keys of objects, and in lists the ``name`` of an item.
+    ``at`` leads to it: keys of objects, and in lists the ``name``, ``variant`` or place (``0``, ``-1``) of an item.
     """
 
     file: str
     at: tuple[str, ...]
     what: str
     unit: str = ""
+    is_difference: bool = True
     command: str
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from twofold.claims.kept import Kept, Measured
+from twofold.claims.kept import Kept
+from twofold.claims.measured import Measured
+from twofold.claims.reports import Report
 
 RATE = 0.95
 
@@ -29,7 +31,8 @@ class Control:
 
 def controls(kept: Kept) -> tuple[Control, ...]:
     """Every control with an interval, of all studies that are kept."""
-    return tuple(control for study in kept.studies for control in _of_study(kept, study))
+    reports = (kept.report(study) for study in kept.studies)
+    return tuple(control for report in reports if report for control in _of_study(report))
 
 
 def likelihood(held: int, total: int) -> float:
@@ -37,18 +40,17 @@ def likelihood(held: int, total: int) -> float:
     return float(stats.binom.cdf(held, total, RATE))
 
 
-def _of_study(kept: Kept, study: str) -> Iterator[Control]:
-    report = kept.report(study) or {}
-    for section in report.get("sections", ()):
+def _of_study(report: Report) -> Iterator[Control]:
+    for section in report.values["sections"]:
         labels = {variant["name"]: variant["label"] for variant in section["variants"]}
         # A report of an earlier version has none.
         for control in section.get("controls", ()):
             if control["came_out"] is not None:
                 pair = f"{labels[control['variant']]} against {labels[control['other']]}"
                 yield Control(
-                    study=study,
+                    study=report.study,
                     section=section["title"],
                     outcome=control["outcome"],
-                    measured=kept.difference(report, section, pair, control["difference"]),
+                    measured=report.difference(section, pair, control["difference"]),
                     holds=control["came_out"],
                 )

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from twofold.claims.claim import TOPICS
 from twofold.claims.controls import Control, controls, likelihood
-from twofold.claims.kept import Kept, Origin
+from twofold.claims.kept import Kept
+from twofold.claims.measured import Origin
 from twofold.claims.verdict import VERDICTS, Judgement, Verdict, counts
 from twofold.claims.wording import power, result, rule, short_result, tally
 from twofold.report.markdown import escape

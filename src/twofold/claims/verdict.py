@@ -10,7 +10,8 @@ from typing import Literal
 from scipy import stats
 
 from twofold.claims.claim import Claim, Evidence, Rule
-from twofold.claims.kept import Kept, Measured, Missing
+from twofold.claims.kept import Kept
+from twofold.claims.measured import Measured, Missing
 from twofold.study.statistics import Interval, detectable_difference
 
 Outcome = Literal["confirmed", "refuted", "undecided"]

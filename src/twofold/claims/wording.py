@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from twofold.claims.claim import Rule
-from twofold.claims.kept import Measured
+from twofold.claims.measured import Measured
 from twofold.claims.verdict import Check, Judgement
 from twofold.report.numbers import bounds, decimals, number
 
@@ -17,7 +17,8 @@ def result(measured: Measured) -> str:
         return f"{plain_number(shown.mean)} {measured.unit}".strip()
     places = decimals(shown.low, shown.high, shown.mean)
     interval = bounds(shown, sign=sign) or "(no interval)"
-    return f"{number(shown.mean, places, sign=sign)} {interval} {measured.unit}, n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{shown.n}"
+    seeds = f", n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{shown.n}" if shown.n else ""
+    return f"{number(shown.mean, places, sign=sign)} {interval} {measured.unit}{seeds}"
 
 
 def plain_number(value: float) -> str:
@@ -32,7 +33,7 @@ def power(check: Check) -> str:
     if check.measured.is_exact:
         return "no chance in it"
     if not math.isfinite(check.power):
-        return "none: one seed"
+        return "one seed" if check.measured.shown.n == 1 else "not known"
     if check.power == 0:
         return "all seeds alike"
     return number(check.power, max(0, 1 - math.floor(math.log10(check.power))))
