@@ -7,8 +7,9 @@ A block ``<!-- result: NAME -->`` holds the picture and the answer of ``docs/res
 are; a block ``<!-- benchmark: NAME -->`` holds the rows of ``docs/results/NAME.json``, as ``benchmarks/NAME.py --json`` printed them, and
 ``<!-- goals: NAME -->`` those of them that have a goal. ``<!-- choice: NAME -->`` says what to choose within parts of the cache, and
 ``<!-- pairs: NAME -->`` the differences of all pairs that are equal in something, both for the first task of ``docs/results/NAME``. ``<!-- question: NAME -->``
-and ``<!-- plane: NAME -->`` are what the map ``docs/results/NAME/plane.json`` says of the tie that was asked about, and the map itself. A test fails
-where a page says anything else than the files.
+and ``<!-- plane: NAME -->`` are what the map ``docs/results/NAME/plane.json`` says of the tie that was asked about, and the map itself. ``<!-- parts: NAME -->`` holds the pictures and sentences
+of what the report says of several tasks together, ``<!-- answers: NAME -->`` what it says first of each task by itself, with its controls. A test
+fails where a page says anything else than the files.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("docs", "results")
+NOT_RUN = "*Not run yet: no result of this study is kept.*"
 HIGHEST_CLIFFS = 5
 QUANTITIES = {"flops": "operations of training"}
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>results?|benchmark|goals|choice|pairs|question|plane)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (?P<kind>results?|benchmark|goals|choice|pairs|question|plane|parts|answers)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -46,6 +48,8 @@ def quoted(page: Path, root: Path = ROOT) -> str:
             lines = _rows(root, found["name"], all_rows=found["kind"] == "benchmark")
         elif found["kind"] in ("question", "plane"):
             lines = _asked(root, found["name"]) if found["kind"] == "question" else _plane(page, root, found["name"])
+        elif found["kind"] in ("parts", "answers"):
+            lines = (_parts if found["kind"] == "parts" else _answers)(page, root, found["name"])
         elif found["kind"] in ("choice", "pairs"):
             lines = (_choice if found["kind"] == "choice" else _pairs)(root, found["name"])
         else:
@@ -74,6 +78,35 @@ def _quote(page: Path, root: Path, name: str) -> Iterator[str]:
     )
     yield f"[The whole report]({folder}/report.md) has the controls at equal cache and equal parameters, the curves and the other tasks;"
     yield f"`{report['commands']['run']}` makes it again."
+
+
+def _parts(page: Path, root: Path, name: str) -> Iterator[str]:
+    """The figure and the sentences of each part of a report that is about several tasks."""
+    report = _report(root, name)
+    if report is None:
+        yield NOT_RUN
+        return
+    folder = _link(page, root, name)
+    for part in report["parts"]:
+        yield f"[![{part['title']}]({folder}/{part['name']}.svg)]({folder}/report.md)"
+        yield ""
+        yield from (f"- {_plain(sentence)}" for sentence in part["sentences"])
+        yield ""
+    yield f"`{report['commands']['run']}` makes it again."
+
+
+def _answers(page: Path, root: Path, name: str) -> Iterator[str]:
+    """The first sentence on each task, and whether the controls of the evidence came out as they must."""
+    report = _report(root, name)
+    if report is None:
+        yield NOT_RUN
+        return
+    for section in report["sections"]:
+        if section["answer"]:
+            yield f"- **{_plain(section['title'])}.** {_plain(section['answer'][0])}"
+        yield from (f"- **{_plain(section['title'])}, a control.** {_plain(c['text'])}" for c in section["controls"])
+    yield ""
+    yield f"[The whole report]({_link(page, root, name)}/report.md); `{report['commands']['run']}` makes it again."
 
 
 def _list(page: Path, root: Path) -> Iterator[str]:

@@ -145,7 +145,7 @@ def test_scores_by_place_become_near_and_far(tmp_path: Path):
     assert row["near"]["mean"] == pytest.approx(0.1, abs=0.01)
     assert row["far_minus_near"]["mean"] == pytest.approx(0.2, abs=0.01)
     (told,) = bits.sentences
-    assert "nearer than 32" in told
+    assert "at fewer than 32 bytes before the one that is predicted, and +0.3" in told
     assert "it fares worse far" in told
     (told,) = accuracy.sentences
     assert "it fares worse near" in told

@@ -7,7 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from twofold.cost import parameters
+from twofold.spec import ModelSpec
 from twofold.study import law
+from twofold.study import plan as plans
 from twofold.study.law import Budget, expanded_level, fit
 from twofold.study.statistics import interval, resamples
 
@@ -161,3 +164,26 @@ def test_intervals_of_limit_and_prediction_cover_what_they_say(slope):
 
 def test_the_range_of_exponents_is_the_one_that_is_told():
     assert (law.EXPONENTS[0], law.EXPONENTS[-1]) == pytest.approx((0.1, 2.0))
+
+
+def test_the_built_in_study_trains_each_budget_for_what_it_is_called():
+    """Its steps are counted for (Q, K, V)'s parameters, and its law has a held-out ratio and enough points."""
+    for name in ("budget", "budget-gpu"):
+        study_plan = plans.builtin(name)
+        made = []
+        for task in study_plan.planned_tasks:
+            if "size" not in task.points:
+                continue
+            spec = ModelSpec.from_dict(
+                {**study_plan.model, "architecture": "causal_lm", "vocab_size": 256, "causal": True, **task.model}
+            )
+            tokens = task.training["steps"] * task.training["batch_size"] * task.options["context"]
+            assert tokens / parameters(spec) == pytest.approx(int(task.points["ratio"].removeprefix("r")), rel=0.02)
+            assert task.training["warmup_steps"] == pytest.approx(task.training["steps"] / 10, abs=1)
+            differences = dict.fromkeys(study_plan.seeds, 0.1)
+            made.append(Budget(parameters=parameters(spec), tokens=tokens, differences=differences))
+        found = fit(made)
+        assert found is not None
+        assert len(found.seeds) >= 5
+        assert len({budget.parameters for budget in found.fitted}) == 3
+        assert len(found.held_out) == 1

@@ -140,7 +140,79 @@ def test_loss_bits_and_perplexity_are_one_number():
     assert task.scores({"loss": 1e9, "correct": 0.0, "count": 1.0})["perplexity"] < math.inf
 
 
+# By position
+
+
+@pytest.mark.parametrize(
+    ("context", "names"),
+    [(2, ["1-1"]), (16, ["1-15"]), (17, ["1-15", "16-16"]), (128, ["1-15", "16-31", "32-63", "64-127"])],
+)
+def test_bits_by_position_are_a_partition_of_the_headline(context, names):
+    task = load("text", context=context, held_out_bytes=299, by_position=True)
+    generator = torch.Generator().manual_seed(0)
+    logits_of = lambda batch: torch.randn(*batch["labels"].shape, 256, generator=generator)  # noqa: E731
+    totals = totals_of(task, task.held_out_batches(3), logits_of)
+    assert sorted(name for name in totals if name.startswith("count@")) == sorted(f"count@{name}" for name in names)
+    assert sum(totals[f"count@{name}"] for name in names) == totals["count"] == 299
+    assert sum(totals[f"loss@{name}"] for name in names) == pytest.approx(totals["loss"], rel=1e-12)
+    scores = task.scores(totals)
+    assert {name for name in scores if "@" in name} == {f"bits_per_byte@{name}" for name in names}
+    weighted = sum(scores[f"bits_per_byte@{name}"] * totals[f"count@{name}"] for name in names)
+    assert weighted / 299 == pytest.approx(scores["bits_per_byte"], rel=1e-12)
+    assert "@" not in "".join(load("text", context=context).scores(totals | {"count": 299.0}).keys() - set(scores))
+
+
+def test_a_byte_is_filed_under_how_many_stand_before_it():
+    """A model that knows all bytes but those after 16 to 31 others has its loss there and nowhere else."""
+    task = load("text", context=64, held_out_bytes=299, by_position=True)
+
+    def logits_of(batch):
+        known = torch.nn.functional.one_hot(batch["labels"].roll(-1, dims=1), 256) * 1e3
+        known[:, 15:31] = 0  # what stands at 15 is predicted from 16 bytes
+        return known.double()
+
+    scores = task.scores(totals_of(task, task.held_out_batches(3), logits_of))
+    assert scores["bits_per_byte@16-31"] == pytest.approx(8)
+    assert [scores[f"bits_per_byte@{name}"] for name in ("1-15", "32-63")] == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_positions_beyond_a_short_text_have_no_score():
+    task = load("text", context=64, held_out_bytes=20, by_position=True)
+    logits_of = lambda batch: torch.zeros(*batch["labels"].shape, 256)  # noqa: E731
+    scores = task.scores(totals_of(task, task.held_out_batches(3), logits_of))
+    assert {name for name in scores if "@" in name} == {"bits_per_byte@1-15", "bits_per_byte@16-31"}
+
+
 # Sources
+
+
+def test_a_tree_of_a_kernels_sources_is_a_folder_like_any_other(tmp_path):
+    """As Debian's linux-source unpacks: C files and headers deep in folders, and much else that the pattern leaves out."""
+    tree = {
+        "kernel/sched/core.c": "int schedule(void) { return 0; }\n",
+        "kernel/sched/sched.h": "extern int schedule(void);\n",
+        "include/linux/list.h": "struct list_head { struct list_head *next; };\n",
+        "drivers/char/mem.c": "static int zero; /* caf\u00e9 */\n",
+        "Documentation/index.rst": "The kernel\n",
+        "Makefile": "all:\n",
+        ".clang-format": "# hidden\n",
+        "arch/x86/boot/.gitignore": "*.o\n",
+    }
+    for name, content in tree.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content.encode("latin-1"))  # old sources are not all UTF-8
+    (tmp_path / "include" / "uapi").symlink_to(tmp_path / "include" / "linux")
+    (tmp_path / "vmlinux.c").symlink_to(tmp_path / "gone.c")
+    found = {
+        document.name: document.content for document in local_documents(tmp_path, pattern="*.[ch]", fields=("text",))
+    }
+    wanted = {name: content.encode("latin-1") for name, content in tree.items() if name.endswith((".c", ".h"))}
+    assert {name: content for name, content in found.items() if "uapi" not in name} == wanted
+    task = load("text", path=str(tmp_path), pattern="*.[ch]", **BROAD)
+    divided = parts(local_documents(tmp_path, pattern="*.[ch]", fields=("text",)))
+    assert sorted(texts(divided.train) + texts(divided.held_out)) == sorted(wanted.values())
+    assert task.train_size > 0
+    assert str(tmp_path) in task.description
 
 
 def test_the_standard_library_is_the_embedded_corpus():

@@ -101,7 +101,7 @@ def _sentences(found: _Found, reference: str, metric: str) -> Iterator[str]:
         ends = f"{EXPONENTS[0]:.1f} to {EXPONENTS[-1]:.0f}"
         yield f"Its exponent ends at an end of its range ({ends}): these budgets do not say how the difference settles, so that limit is a guess beyond them."
     for told in map(law.prediction, law.held_out):
-        yield f"At {told.budget.ratio:.3g} tokens per parameter, which the law did not see, it says {_shown(told.predicted, unit)}; {_verdict(told)}."
+        yield f"At {told.budget.ratio:.3g} tokens per parameter of {count(told.budget.parameters)}, which the law did not see, it says {_shown(told.predicted, unit)}; {_verdict(told)}."
 
 
 def _verdict(told: Prediction) -> str:

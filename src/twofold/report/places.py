@@ -127,8 +127,8 @@ def _part(summary: Summary, metric: str, rows: Sequence[_Row]) -> Part:
 def _sentence(row: _Row, reference: str, metric: str, *, is_better_high: bool) -> str:
     unit, split = metric_unit(metric), max(row.at)[0]
     words = (
-        f"{row.title}: {row.label} minus {reference} is {with_interval(row.near, sign=True)} {unit} nearer than {split:,}, and "
-        f"{with_interval(row.far, sign=True)} from there on"
+        f"{row.title}: {row.label} minus {reference} is {with_interval(row.near, sign=True)} {unit} at fewer than {split:,} "
+        f"{PLACES.get(metric, 'places')}, and {with_interval(row.far, sign=True)} from {split:,} on"
     )
     if not math.isfinite(row.farther.low):
         return f"{words} (no interval, so no verdict)."

@@ -33,7 +33,7 @@ Status = Literal["pending", "running", "done", "failed"]
 
 RUN_COLUMNS = (
     "task", "variant", "label", "tie", "kind", "note", "seed", "status", "error", "parameters", "cached_floats_per_token",
-    "cached_bytes_per_token", "seconds", "tokens", "tokens_per_second", "data_hash", "fingerprint", "seed_shift", "purpose",
+    "cached_bytes_per_token", "seconds", "tokens", "tokens_per_second", "data_hash", "data_order", "fingerprint", "seed_shift", "purpose",
 )  # fmt: skip
 ENTRY_COLUMNS = tuple(name for name in RUN_COLUMNS if name in {part.name for part in fields(Entry)})
 CURVE_COLUMNS = ("task", "variant", "seed", "step", "tokens", "split", "metric", "value")
@@ -103,7 +103,7 @@ class Results:
         hopeful = [
             self.runs[(self.runs.task == choice.contest.tasks[0].name) & (self.runs.variant == variant)]
             .iloc[[0] * len(self.plan.seeds)]
-            .assign(seed=self.plan.seeds, status="pending", error="")
+            .assign(seed=self.plan.seeds, status="pending", error="", data_order="")
             .assign(**unmeasured)
             for (_, variant), choice in self.choices.items()
             if choice.task is None
@@ -151,6 +151,7 @@ def _row(planned: PlannedRun, folder: Path, *, alive: bool) -> dict[str, Any]:
         "error": status.get("error") or "",
         "seconds": seconds,
         "tokens": tokens,
+        "data_order": outcome.get("data_order", ""),
         "tokens_per_second": tokens / seconds if seconds else math.nan,
         **{f"score:{metric}": value for metric, value in outcome.get("scores", {}).items()},
     }
