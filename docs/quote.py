@@ -8,7 +8,8 @@ are; a block ``<!-- benchmark: NAME -->`` holds the rows of ``docs/results/NAME.
 ``<!-- goals: NAME -->`` those of them that have a goal. ``<!-- choice: NAME -->`` says what to choose within parts of the cache, and
 ``<!-- pairs: NAME -->`` the differences of all pairs that are equal in something, both for the first task of ``docs/results/NAME``. ``<!-- question: NAME -->``
 and ``<!-- plane: NAME -->`` are what the map ``docs/results/NAME/plane.json`` says of the tie that was asked about, and the map itself. ``<!-- parts: NAME -->`` holds the pictures and sentences
-of what the report says of several tasks together, ``<!-- answers: NAME -->`` what it says first of each task by itself, with its controls. A test
+of what the report says of several tasks together, ``<!-- answers: NAME -->`` what it says first of each task by itself, with its controls, ``<!-- scores: NAME -->`` every score with its chance level, and
+``<!-- harness: NAME -->`` what ``twofold harness --json`` printed into ``docs/results/NAME-harness.json``. A test
 fails where a page says anything else than the files.
 """
 
@@ -30,7 +31,7 @@ NOT_RUN = "*Not run yet: no result of this study is kept.*"
 HIGHEST_CLIFFS = 5
 QUANTITIES = {"flops": "operations of training"}
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>results?|benchmark|goals|choice|pairs|question|plane|parts|answers)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (?P<kind>results?|benchmark|goals|choice|pairs|question|plane|parts|answers|scores|harness)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
 )
 
 
@@ -50,6 +51,8 @@ def quoted(page: Path, root: Path = ROOT) -> str:
             lines = _asked(root, found["name"]) if found["kind"] == "question" else _plane(page, root, found["name"])
         elif found["kind"] in ("parts", "answers"):
             lines = (_parts if found["kind"] == "parts" else _answers)(page, root, found["name"])
+        elif found["kind"] in ("scores", "harness"):
+            lines = _scores(page, root, found["name"]) if found["kind"] == "scores" else _harness(root, found["name"])
         elif found["kind"] in ("choice", "pairs"):
             lines = (_choice if found["kind"] == "choice" else _pairs)(root, found["name"])
         else:
@@ -235,6 +238,56 @@ def _number(shown: dict[str, Any], *, signed: bool) -> str:
     places = max(0, 1 - math.floor(math.log10((high - low) / 2))) if high > low else 3
     texts = [f"{value:{sign}.{places}f}".replace("-", "−") for value in (shown["mean"], low, high)]
     return f"{texts[0]} \\[{texts[1]}, {texts[2]}\\]"
+
+
+def _scores(page: Path, root: Path, name: str) -> Iterator[str]:
+    """Of each task every variant's score and its difference in loss, then what such scores can say, and how the controls came out."""
+    report = _report(root, name)
+    if report is None:
+        yield NOT_RUN
+        return
+    for section in report["sections"]:
+        yield f"**{_plain(section['title'])}.**"
+        yield ""
+        yield f"| variant | {section['score'].replace('_', ' ')} | difference in {section['loss_metric']} | n |"
+        yield "|---|--:|--:|--:|"
+        for variant in section["variants"]:
+            if variant["score"]["n"]:
+                is_compared = not variant["is_reference"] and variant["difference"]["n"]
+                difference = _number(variant["difference"], signed=True) if is_compared else "–"
+                yield f"| {_plain(variant['label'])} | {_number(variant['score'], signed=False)} | {difference} | {variant['score']['n']} |"
+        yield ""
+        said = [*section["evidence"], *(control["text"] for control in section["controls"])]
+        yield from (f"- {_plain(sentence)}" for sentence in said)
+        yield ""
+    yield f"[The whole report]({_link(page, root, name)}/report.md); `{report['commands']['run']}` makes it again."
+
+
+def _harness(root: Path, name: str) -> Iterator[str]:
+    """What ``twofold harness studies/NAME --json`` printed into ``docs/results/NAME-harness.json``."""
+    path = root / RESULTS / f"{name}-harness.json"
+    if not path.exists():
+        yield NOT_RUN
+        return
+    yield "| task | variant | score | error | chance | difference | would have been seen | |"
+    yield "|---|---|--:|--:|--:|--:|--:|---|"
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        chance, seen = (f"{row[key]:.3f}" if row[key] is not None else "–" for key in ("chance", "detectable"))
+        cells = [
+            _plain(f"{row['task']}, {row['metric']}"),
+            _plain(row["label"]),
+            _number({"mean": row["score"], "low": row["low"], "high": row["high"]}, signed=False),
+            f"{row['standard_error']:.3f}",
+            chance,
+            _number(
+                {"mean": row["difference"], "low": row["difference_low"], "high": row["difference_high"]}, signed=True
+            )
+            if row["difference"]
+            else "–",
+            seen,
+            "At chance: no information" if row["at_chance"] else "",
+        ]
+        yield f"| {' | '.join(cells)} |"
 
 
 def _link(page: Path, root: Path, name: str) -> str:
