@@ -18,7 +18,20 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-UNITS = ("ratio", "tokens/s", "GB/s", "ms", "KiB", "MiB", "bytes", "tokens", "tensors", "answers", "generations")
+UNITS = (
+    "ratio",
+    "tokens/s",
+    "GB/s",
+    "ms",
+    "KiB",
+    "MiB",
+    "bytes",
+    "tokens",
+    "texts",
+    "tensors",
+    "answers",
+    "generations",
+)
 
 
 def loaded(name: str) -> ModuleType:
@@ -82,7 +95,7 @@ def test_rows_that_lie_are_noticed():
             check_rows([row | {"met": not row["met"]}])
 
 
-@pytest.mark.parametrize("name", ["step", "memory", "generate"])
+@pytest.mark.parametrize("name", ["step", "memory", "generate", "halve"])
 def test_without_a_gpu_a_benchmark_says_so(name: str, capsys: pytest.CaptureFixture[str]):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
@@ -369,3 +382,42 @@ def test_a_soak_meets_its_goals(soak: ModuleType):
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     check_soak_rows(rows, 2000, 200)
     assert all(row["met"] is not False for row in rows)
+
+
+# Halving
+
+
+@pytest.fixture(scope="module")
+def halve() -> ModuleType:
+    return loaded("halve")
+
+
+def test_halved_layers_hold_half_and_time_is_told_side_by_side(halve: ModuleType):
+    shape, dtype = halve.SHAPES["tiny"], torch.float32
+    rows = [*halve.byte_rows(shape, dtype, "cpu"), *halve.time_rows(shape, dtype, "cpu")]
+    check_rows(rows)
+    assert all(row["met"] for row in rows if row["goal"])
+    assert sum(row["name"].startswith("cache of the halved layers") for row in rows) == 4
+    assert sum("time of a token" in row["name"] for row in rows) == 16
+
+
+def test_a_cache_that_is_more_than_half_misses_its_goal(halve: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    shape = halve.SHAPES["tiny"]
+    monkeypatch.setattr(halve, "filled", lambda model, tokens, batch: (model, tokens, batch))
+    monkeypatch.setattr(halve, "held", lambda asked: [100] if asked[0] == "whole" else [52])
+    monkeypatch.setattr(halve, "pair", lambda *_: dict(zip(halve.WAYS, ("whole", "half"), strict=True)))
+    rows = [row for row in halve.byte_rows(shape, torch.float32, "cpu") if row["goal"]]
+    assert rows
+    assert not any(row["met"] for row in rows)
+
+
+@pytest.mark.long
+def test_the_whole_benchmark_of_halving_runs():
+    command = [sys.executable, str(BENCHMARKS / "halve.py"), "--shape", "tiny", "--dtype", "fp32", "--json"]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    check_rows(rows)
+    met = {row["name"]: row["value"] for row in rows}
+    assert (
+        met["longest text in 24 GB beside Gemma 4 31B in 4 bits, one tensor"]
+        > met["longest text in 24 GB beside Gemma 4 31B in 4 bits, as stored"]
+    )
