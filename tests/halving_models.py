@@ -152,6 +152,38 @@ def bart() -> nn.Module:
     return transformers.BartForConditionalGeneration(config)
 
 
+VISION: dict[str, Any] = {
+    "model_type": "gemma4_vision", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 16, "patch_size": 2, "pooling_kernel_size": 2, "position_embedding_size": 32,
+}  # fmt: skip
+SIGNS = {"image_token_id": VOCAB - 1, "boi_token_id": VOCAB - 2, "eoi_token_id": VOCAB - 3}
+
+
+def gemma_with_images() -> Any:
+    """The wrapper around text and vision."""
+    config = transformers.Gemma4Config(
+        text_config=gemma_config().to_dict(), vision_config=VISION, audio_config=None, **SIGNS
+    )
+    return randomized(transformers.Gemma4ForConditionalGeneration(config))
+
+
+def diffusion_gemma() -> Any:
+    """An encoder that fills a cache and a decoder that refines a block of text beside it."""
+    text = gemma_config(num_hidden_layers=3, layer_types=["sliding_attention", "sliding_attention", "full_attention"])
+    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "final_logit_softcapping": 30.0}
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "global_head_dim", "num_global_key_value_heads", "sliding_window", "layer_types", "max_position_embeddings", "pad_token_id")  # fmt: skip
+    config = transformers.DiffusionGemmaConfig(
+        text_config={name: text.to_dict()[name] for name in kept} | experts,
+        vision_config=VISION,
+        canvas_length=6,
+        **SIGNS,
+    )
+    model = randomized(transformers.DiffusionGemmaForBlockDiffusion(config)).float()
+    model.set_experts_implementation("eager")
+    return model
+
+
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     """Tokens that are no padding."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

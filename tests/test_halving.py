@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from halving_models import (
     MULTI_HEAD,
@@ -18,8 +20,10 @@ from halving_models import (
     bart,
     cache_bytes,
     cache_of,
+    diffusion_gemma,
     gemma,
     gemma_changes,
+    gemma_with_images,
     going_on,
     norms_in_float64,
     randomized,
@@ -299,3 +303,85 @@ def test_what_is_saved_is_the_model_as_it_was(tmp_path: Any):
     assert torch.equal(loaded(text).logits, before)
     halve(loaded)
     assert torch.equal(loaded(text).logits, model(text).logits)
+
+
+def test_the_wrapper_with_images_is_halved_where_its_text_is():
+    model = gemma_with_images()
+    with norms_in_float64():
+        before, logits, cache = generated(model, input_ids=tokens(2, 14))
+        report = halve(model)
+        after, halved, half = generated(model, input_ids=tokens(2, 14))
+    assert torch.equal(before, after)
+    torch.testing.assert_close(halved, logits)
+    assert report.num_halved == 2
+    assert sum(cache_bytes(half)) < sum(cache_bytes(cache))
+
+
+@torch.no_grad()
+def test_a_decoder_that_refines_text_beside_an_encoders_cache():
+    model = diffusion_gemma()
+
+    def refined() -> tuple[list[Tensor], Any]:
+        first = model(input_ids=tokens(2, 14), decoder_input_ids=tokens(2, 6, seed=3))
+        again = model(decoder_input_ids=first.logits.argmax(-1), **going_on(model, cache_of(first)))
+        further = model(input_ids=tokens(2, 6), decoder_input_ids=tokens(2, 6), **going_on(model, cache_of(again)))
+        return [first.logits, again.logits, further.logits], cache_of(further)
+
+    before, cache = refined()
+    report = halve(model)
+    after, half = refined()
+    for expected, found in zip(before, after, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert [layer.is_halved for layer in report.layers] == [False, False, True]
+    assert [b // a for b, a in zip(cache_bytes(cache), cache_bytes(half), strict=True)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "llama"])
+def test_a_model_that_was_trained_here_says_the_same_and_predicts_as_well(name: str):
+    torch.manual_seed(0)
+    model: Any = (gemma() if name == "gemma" else MULTI_HEAD[name]()).float()
+    text = torch.tensor([*(Path(__file__).parent.parent / "README.md").read_bytes()]) % 96 + 3
+    rows = text[: len(text) // 33 * 33].view(-1, 33)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    first = last = 0.0
+    for index in range(60):
+        loss = model(rows[index % 8 :: 8], labels=rows[index % 8 :: 8]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = first or loss.item(), loss.item()
+    assert last < first - 0.5  # it has learned something
+    model.eval()
+
+    def said() -> tuple[float, Tensor]:
+        cache = cache_of(model(rows[:8, :16], use_cache=True))
+        logits = model(rows[:8, 16:], **going_on(model, cache)).logits[:, :-1]
+        bits = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:8, 17:].flatten()).item()
+        return bits, generated(model, input_ids=rows[:2, :16])[0]
+
+    with torch.no_grad():
+        bits, answer = said()
+        halve(model)
+        bits_halved, answer_halved = said()
+    assert torch.equal(answer, answer_halved)
+    assert abs(bits_halved - bits) < 1e-4
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "llama"])
+def test_one_compiled_graph_serves_all_tokens(name: str):
+    model = gemma() if name == "gemma" else randomized(MULTI_HEAD[name]())
+    text = tokens(1, 9)
+    expected = generated(model, input_ids=text, cache_implementation="static", disable_compile=True)[0]
+    halve(model)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    model.forward = torch.compile(model.forward, backend=graphs)
+    try:
+        found = generated(model, input_ids=text, cache_implementation="static", disable_compile=True)[0]
+    finally:
+        del model.forward
+    assert torch.equal(expected, found)
+    assert graphs.frame_count <= 3  # the prompt, the first token, and all that follow
