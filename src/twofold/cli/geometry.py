@@ -62,11 +62,11 @@ def command(
     ] = None,
     head: Annotated[
         list[int] | None,
-        typer.Option(help="A query head to draw, from 0.", metavar="N", show_default="up to 32", rich_help_panel=PANEL),
+        typer.Option(help="A query head to draw, from 0.", metavar="N", show_default="up to 24", rich_help_panel=PANEL),
     ] = None,
     shown: Annotated[
         int, typer.Option(help="Tokens to draw.", metavar="N", min=2, max=256, rich_help_panel=PANEL)
-    ] = 96,
+    ] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to measure.", metavar="N", min=8, rich_help_panel=PANEL)] = 2048,
     context: Annotated[int, typer.Option(help="Tokens read at once.", metavar="N", min=8, rich_help_panel=PANEL)] = 256,
     draws: Annotated[
@@ -89,7 +89,9 @@ def command(
             draws=draws,
             seed=seed,
         )
-        found = geometry.see(geometry.open_model(_folder(model), device=place), question)
+        found = geometry.see(
+            geometry.open_model(_folder(model), name=model.expanduser().resolve().name, device=place), question
+        )
         made_by = _made_by(model, question, text=text, file=file, output=output)
         files = {output: page.html(found, made_by)} | ({picture: page.picture(found)} if picture else {})
     for path, content in files.items():
@@ -145,8 +147,9 @@ def _table(told: dict[str, Any]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for row in told["measures"]:
         random = row["random"]
-        between = "by the tie" if row["given_by_the_tie"] else f"{random['low']:.2f} … {random['high']:.2f}"
-        outside = "" if row["given_by_the_tie"] else f"{row['outside']} of {row['of']}"
+        between, outside = f"{random['low']:.2f} … {random['high']:.2f}", f"{row['outside']} of {row['of']}"
+        if row["given_by_the_tie"] or not random["draws"]:
+            between, outside = "by the tie" if row["given_by_the_tie"] else "", ""
         untrained = [f"{row['untrained']:.2f}"] if told["untrained"] else []
         table.add_row(row["name"], f"{row['mean']:.2f}", between, outside, *untrained)
     return table

@@ -29,7 +29,7 @@ __all__ = ["Geometry", "Question", "open_model", "sample_text", "see"]
 
 FORMAT = 1
 MIN_TOKENS, MIN_ROW = 8, 16
-MAX_HEADS = 32
+MAX_HEADS = 24
 """So many heads are drawn unless others are asked for."""
 
 
@@ -44,7 +44,7 @@ class Question:
     text: str
     tokens: int = 2048
     context: int = 256
-    shown: int = 96
+    shown: int = 128
     layers: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     draws: int = 100
@@ -128,7 +128,7 @@ def see(opened: Opened, question: Question) -> Geometry:
     asked = opened.layers(question.layers)
     layers = opened.read(rows, asked, shown=question.shown)
     _check_heads(layers, question.heads)
-    untrained = opened.read_untrained(rows, asked)
+    untrained = opened.read_untrained(rows, asked, shown=question.shown)
     beside = {} if untrained is None else means(untrained)
     measured = measure_layers(layers, draws=question.draws, seed=question.seed)
     return Geometry(

@@ -10,12 +10,13 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from twofold.geometry.paper import FIGURES
-from twofold.geometry.points import HeadPoints
+from twofold.geometry.points import ALL, HeadPoints, View
 from twofold.geometry.summary import Row
 from twofold.report.drawing import Scale, bottom_axis, group, path, svg, tag, tick_labels
 
 ROW, TOP, BOTTOM = 34.0, 8.0, 44.0
 YAW, PITCH, DISTANCE = 0.6, 0.35, 3.2
+FILLED = 0.55
 MIN_LOOK, LABELLED = 0.015, 4
 
 
@@ -85,20 +86,20 @@ def _strip(row: Row, x: Scale, y: float) -> list[Markup]:
 
 def cloud(points: HeadPoints, pieces: Sequence[str], token: int, width: float = 880, height: float = 560) -> Markup:
     """One head from one side: clouds, the hull in which the output of ``token``'s query lies, what it looks at, and its pull."""
-    size = 0.46 * min(width, height)
-    scale = max(float(each.abs().max()) for each in (*points.clouds.values(), points.states)) or 1.0
+    view, size = points.views[ALL], FILLED * min(width, height)
+    middle, scale = view.frame()
 
     def at(place: NDArray[np.float64]) -> tuple[float, float]:
-        x, y, z = _turned(place / scale)
+        x, y, z = _turned((place - middle.numpy()) / scale)
         near = DISTANCE / (DISTANCE + z)
         return width / 2 + size * near * x, height / 2 - size * near * y
 
-    flat = {name: [at(place) for place in cloud.numpy()] for name, cloud in points.clouds.items()}
+    flat = {name: [at(place) for place in cloud.numpy()] for name, cloud in view.clouds.items()}
     keys = next(flat[name] for name in flat if "K" in name)
     values = next(flat[name] for name in flat if "V" in name)
     weights = points.weights[0, token].tolist()
-    states = [at(place) for place in points.states[token].numpy()]
-    parts = [*_hull(points, values, token), *_dots(flat, weights, token)]
+    states = [at(place) for place in view.states[token].numpy()]
+    parts = [*_hull(view, values, token), *_dots(flat, weights, token)]
     for key, weight in enumerate(weights):
         if weight >= MIN_LOOK:
             (x1, y1), (x2, y2) = states[0], keys[key]
@@ -129,9 +130,9 @@ def _turned(place: NDArray[np.float64]) -> tuple[float, float, float]:
     return a, math.cos(PITCH) * y - math.sin(PITCH) * c, math.cos(PITCH) * c + math.sin(PITCH) * y
 
 
-def _hull(points: HeadPoints, values: Sequence[tuple[float, float]], token: int) -> list[Markup]:
-    index = points.hull_of[token]
-    faces = points.hulls[index] if index >= 0 else ()
+def _hull(view: View, values: Sequence[tuple[float, float]], token: int) -> list[Markup]:
+    index = view.hull_of[token]
+    faces = view.hulls[index] if index >= 0 else ()
     edges = sorted({(face[m], face[n]) for face in faces for m, n in ((0, 1), (1, 2), (0, 2))})
     shapes = [tag("path", d=path([values[corner] for corner in face], closed=True), class_="face") for face in faces]
     lines = [

@@ -26,7 +26,7 @@ class Heads:
     dim: int
 
 
-def _separate(attention: nn.Module, heads: Heads) -> Three:
+def _separate(attention: Any, heads: Heads) -> Three:
     """Three modules, [H·D, C] and twice [G·D, C]."""
     q, k, v = (
         Projection.of(_matrix(part), part.bias, heads.dim)
@@ -35,10 +35,10 @@ def _separate(attention: nn.Module, heads: Heads) -> Three:
     return q, k, v
 
 
-def _joined(name: str) -> Callable[[nn.Module, Heads], Three]:
+def _joined(name: str) -> Callable[[Any, Heads], Three]:
     """One module, the rows of Q, then K, then V."""
 
-    def split(attention: nn.Module, heads: Heads) -> Three:
+    def split(attention: Any, heads: Heads) -> Three:
         part = attention.get_submodule(name)
         sizes = [heads.query * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim]
         weights = _matrix(part).split(sizes)
@@ -49,10 +49,10 @@ def _joined(name: str) -> Callable[[nn.Module, Heads], Three]:
     return split
 
 
-def _by_head(name: str) -> Callable[[nn.Module, Heads], Three]:
+def _by_head(name: str) -> Callable[[Any, Heads], Three]:
     """One module, for each head in turn the rows of its Q, K and V."""
 
-    def split(attention: nn.Module, heads: Heads) -> Three:
+    def split(attention: Any, heads: Heads) -> Three:
         part = attention.get_submodule(name)
         weights = part.weight.detach().unflatten(0, (heads.query, 3, heads.dim)).unbind(dim=1)
         bias = part.bias
@@ -65,10 +65,10 @@ def _by_head(name: str) -> Callable[[nn.Module, Heads], Three]:
     return split
 
 
-def _matrix(part: nn.Module) -> Tensor:
+def _matrix(part: Any) -> Tensor:
     """[outputs, inputs]; GPT-2's Conv1D holds the transpose."""
-    assert isinstance(part.weight, Tensor)
-    return part.weight.T if isinstance(part, Conv1D) else part.weight
+    weight: Tensor = part.weight
+    return weight.T if isinstance(part, Conv1D) else weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Architecture:
     name: str
     reads: str
     parts: tuple[str, ...]
-    split: Callable[[nn.Module, Heads], Three]
+    split: Callable[[Any, Heads], Three]
     types: tuple[str, ...] = ()
 
     def fits(self, module: nn.Module, model_type: str) -> bool:

@@ -50,10 +50,11 @@
   };
 
   const tokens = data.pieces.length;
-  const state = { head: data.first.head, query: data.first.token, step: 1, shownStep: 1, touched: -1, yaw: 0.6, pitch: 0.35, zoom: 1, off: new Set() };
+  const state = { head: data.first.head, query: data.first.token, step: 1, shownStep: 1, touched: -1, yaw: 0.6, pitch: 0.35, zoom: 1, axes: "all", off: new Set() };
   let head = null; // the unpacked numbers of state.head
   const about = () => data.heads[state.head];
   const layer = () => data.layers[about().layer];
+  const view = () => head.views[state.axes];
   const steps = () => head.later.length + 1;
 
   const shownPiece = (token) => {
@@ -81,9 +82,9 @@
   // A cloud that holds keys looks like keys, else one that holds queries like queries.
   const shapeOf = (name) => (name.includes("K") ? "K" : name[0]);
   const colourOf = (name) => colours[{ Q: "colour-2", K: "colour-1", V: "colour-3" }[shapeOf(name)]];
-  const valuesOf = () => Object.keys(head.clouds).find((name) => name.includes("V"));
-  const keysOf = () => Object.keys(head.clouds).find((name) => name.includes("K"));
-  const queriesOf = () => Object.keys(head.clouds).find((name) => name.includes("Q"));
+  const valuesOf = () => Object.keys(view().clouds).find((name) => name.includes("V"));
+  const keysOf = () => Object.keys(view().clouds).find((name) => name.includes("K"));
+  const queriesOf = () => Object.keys(view().clouds).find((name) => name.includes("Q"));
 
   const fit = (element) => {
     const ratio = window.devicePixelRatio || 1;
@@ -93,6 +94,7 @@
     const context = element.getContext("2d");
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
     context.clearRect(0, 0, box.width, box.height);
+    context.lineJoin = "round";
     return [context, box.width, box.height];
   };
   const turned = ([x, y, z]) => {
@@ -101,7 +103,7 @@
     return [a, cp * y - sp * c, cp * c + sp * y];
   };
   const projector = (width, height) => {
-    const size = 0.46 * Math.min(width, height) * state.zoom;
+    const size = 0.55 * Math.min(width, height) * state.zoom;
     return (flat, index) => {
       const [x, y, z] = turned([flat[3 * index] / data.grid, flat[3 * index + 1] / data.grid, flat[3 * index + 2] / data.grid]);
       const near = 3.2 / (3.2 + z);
@@ -114,17 +116,18 @@
   const label = (c, text, at, colour) => {
     c.font = "12px system-ui, sans-serif";
     c.lineWidth = 3.5;
-    c.lineJoin = "round";
     c.strokeStyle = colours.ground;
-    c.strokeText(text, at.x + 8, at.y - 7);
+    const width = c.measureText(text).width;
+    const x = at.x + 8 + width > canvas.clientWidth - 4 ? at.x - 8 - width : at.x + 8;
+    c.strokeText(text, x, at.y - 7);
     c.fillStyle = colour;
-    c.fillText(text, at.x + 8, at.y - 7);
+    c.fillText(text, x, at.y - 7);
   };
 
   const drawHull = (c, at) => {
-    const hull = head.hulls[head.hullOf[state.query]];
+    const hull = view().hulls[view().hullOf[state.query]];
     if (!hull || state.off.has("hull")) return;
-    const points = head.clouds[valuesOf()];
+    const points = view().clouds[valuesOf()];
     const edges = new Set();
     c.fillStyle = c.strokeStyle = colourOf(valuesOf());
     c.globalAlpha = 0.05;
@@ -154,7 +157,7 @@
   };
   const drawPoints = (c, at, row) => {
     const points = [];
-    for (const [name, flat] of Object.entries(head.clouds)) {
+    for (const [name, flat] of Object.entries(view().clouds)) {
       if (state.off.has(name)) continue;
       for (let token = 0; token < tokens; token++) points.push({ ...at(flat, token), token, name });
     }
@@ -177,13 +180,13 @@
   const stateAt = (at, step) => {
     const [floor, part] = [Math.floor(step), step - Math.floor(step)];
     const start = 3 * (state.query * (steps() + 1) + floor);
-    const mixed = [0, 1, 2].map((n) => head.states[start + n] + (part ? part * (head.states[start + 3 + n] - head.states[start + n]) : 0));
+    const mixed = [0, 1, 2].map((n) => view().states[start + n] + (part ? part * (view().states[start + 3 + n] - view().states[start + n]) : 0));
     return at(mixed, 0);
   };
   const drawPull = (c, at, row) => {
     const now = stateAt(at, state.shownStep);
     if (!state.off.has("lines")) {
-      const keys = head.clouds[keysOf()];
+      const keys = view().clouds[keysOf()];
       const from = stateAt(at, state.step < 2 ? 0 : state.step - 1);
       c.strokeStyle = colourOf(keysOf());
       row.forEach((weight, key) => {
@@ -222,8 +225,8 @@
     label(c, `query ${shownPiece(state.query)}`, start, colours["colour-2"]);
     if (state.shownStep >= 1) label(c, state.shownStep === 1 ? "output" : `step ${Math.floor(state.shownStep)}`, now, colours["colour-4"]);
     const named = [...row.keys()].filter((key) => row[key] >= 60).sort((m, n) => row[n] - row[m]).slice(0, 4);
-    for (const key of named) label(c, shownPiece(key), at(head.clouds[keysOf()], key), colourOf(keysOf()));
-    if (state.touched >= 0 && !named.includes(state.touched)) label(c, shownPiece(state.touched), at(head.clouds[keysOf()], state.touched), colours.ink);
+    for (const key of named) label(c, shownPiece(key), at(view().clouds[keysOf()], key), colourOf(keysOf()));
+    if (state.touched >= 0 && !named.includes(state.touched)) label(c, shownPiece(state.touched), at(view().clouds[keysOf()], state.touched), colours.ink);
   };
   const drawCloud = () => {
     const [c, width, height] = fit(canvas);
@@ -380,9 +383,9 @@
   };
   const NAMES = { Q: "queries", K: "keys", V: "values" };
   const describe = () => {
-    const total = head.held.all.reduce((a, b) => a + b, 0);
-    const parts = Object.keys(head.clouds).map((name) => `${name.split("=").map((role) => NAMES[role]).join(" = ")} ${Math.round(100 * head.held[name].reduce((a, b) => a + b, 0))}%`);
-    byId("held").textContent = `The three axes hold ${Math.round(100 * total)}% of the variance of all points (${head.held.all.map((share) => `${Math.round(100 * share)}%`).join(", ")}), and of each cloud’s own: ${parts.join(", ")}. ${layer().remark}`;
+    const total = view().held.all.reduce((a, b) => a + b, 0);
+    const parts = Object.keys(view().clouds).map((name) => `${name.split("=").map((role) => NAMES[role]).join(" = ")} ${Math.round(100 * view().held[name].reduce((a, b) => a + b, 0))}%`);
+    byId("held").textContent = `These three axes hold ${Math.round(100 * total)}% of the variance of all points (${view().held.all.map((share) => `${Math.round(100 * share)}%`).join(", ")}), and of each cloud’s own: ${parts.join(", ")}. ${layer().remark}`;
     const own = byId("own");
     own.replaceChildren(...about().measures.map((one) => {
       const row = document.createElement("tr");
@@ -402,7 +405,7 @@
     }));
     byId("tie").textContent = layer().tie;
     const marks = { Q: "M7 1 13 12 1 12Z", K: "M7 2a5 5 0 1 0 .01 0Z", V: "M2 2H12V12H2Z", hull: "M1 12 5 2 13 6Z", lines: "M1 12 13 2 13 3.5 2.5 12Z" };
-    const tools = [...Object.keys(head.clouds).map((name) => [name, name.split("=").map((role) => NAMES[role]).join(" = "), shapeOf(name), colourVar(name)]),
+    const tools = [...Object.keys(view().clouds).map((name) => [name, name.split("=").map((role) => NAMES[role]).join(" = "), shapeOf(name), colourVar(name)]),
       ["hull", "hull that holds the output", "hull", colourVar(valuesOf())], ["lines", "lines to keys", "lines", colourVar(keysOf())]];
     byId("legend").replaceChildren(...tools.map(([key, words, mark, colour]) => {
       const item = document.createElement("li");
@@ -426,6 +429,17 @@
       return item;
     }));
   };
+  byId("axes").replaceChildren(...[["all", "all points"], ["values", "values"]].map(([axes, words]) => {
+    const button = chip(words, `Axes of ${words}`, () => {
+      stop();
+      state.axes = axes;
+      pressed(all("#axes button"), button);
+      describe();
+      show();
+    });
+    button.setAttribute("aria-pressed", String(axes === state.axes));
+    return button;
+  }));
   const colourVar = (name) => `var(--${{ Q: "colour-2", K: "colour-1", V: "colour-3" }[shapeOf(name)]})`;
   byId("layers").replaceChildren(...data.layers.map((one, n) => chip(String(one.index), `Layer ${one.index}, ${one.tie}`, () => {
     const same = data.heads.findIndex((other) => other.layer === n && other.head === about().head);

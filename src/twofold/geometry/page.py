@@ -119,7 +119,7 @@ def _own(row: Row, place: int, position: int) -> dict[str, Any]:
         "name": row.measure.name,
         "value": number(value, PLACES),
         "random": "by the tie" if row.is_given else bounds(random),
-        "outside": not random.holds(value),
+        "outside": random.draws > 0 and not random.holds(value),
     }
 
 
@@ -139,7 +139,7 @@ def _row(row: Row) -> dict[str, Any]:
         "mean": number(row.mean, PLACES),
         "range": f"{number(min(values), PLACES)} … {number(max(values), PLACES)}",
         "random": "the same, by the tie" if row.is_given else bounds(row.pooled),
-        "outside": "" if row.is_given else f"{row.outside} of {len(values)}",
+        "outside": "" if row.is_given or not row.pooled.draws else f"{row.outside} of {len(values)}",
         "untrained": number(row.untrained, PLACES),
         "by_layer": [number(sum(layer) / len(layer), PLACES) if layer else NOTHING for layer in row.values],
     }

@@ -22,6 +22,8 @@ from torch import Tensor
 from twofold.geometry.capture import Layer, Shown
 
 AXES = 3
+ALL, VALUES = "all", "values"
+"""What the axes are fitted to: a cloud that is small beside the others is a dot along the axes of all."""
 GRID = 2000
 """Coordinates are whole numbers from -GRID to GRID."""
 WEIGHT_UNITS = 1000
@@ -58,50 +60,72 @@ class Projection3:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadPoints:
-    """What the page draws of one head; ``clouds`` by name, [S, 3] each; ``states`` [S, n + 1, 3]; ``weights`` [n, S, S].
+class View:
+    """A head along three axes: ``clouds`` by name, [S, 3] each, and ``states`` [S, n + 1, 3].
 
     ``hulls`` are triangles of value indices, and ``hull_of`` says which of them each query's output must lie in (-1: it sees fewer than
-    four values, or they lie in a plane). ``held`` is the variance that the three axes hold, of all points and of each cloud.
+    four values, or they lie in a plane). ``held`` is the variance that each axis holds, of all points and of each cloud.
     """
 
     clouds: Mapping[str, Tensor]
     states: Tensor
-    weights: Tensor
     hulls: tuple[tuple[tuple[int, ...], ...], ...]
     hull_of: tuple[int, ...]
     held: Mapping[str, list[float]]
 
+    def frame(self) -> tuple[Tensor, float]:
+        """The middle of the points and states, and how far the farthest is from it; at least a little."""
+        everything = torch.cat([*self.clouds.values(), self.states.flatten(0, 1)])
+        middle = (everything.amax(dim=0) + everything.amin(dim=0)) / 2
+        return middle, float((everything - middle).norm(dim=1).max()) or 1.0
+
     def packed(self) -> dict[str, Any]:
-        """Whole numbers: coordinates on a grid, weights in thousandths, of later steps the largest ones, keys and weights by turns."""
-        size = max(float(points.abs().max()) for points in (*self.clouds.values(), self.states)) or 1.0
-        steps, tokens = self.weights.shape[0], self.weights.shape[1]
-        first = [_units(self.weights[0, t, : t + 1]) for t in range(tokens)]
+        """Coordinates on a grid, from the middle of the picture."""
+        middle, size = self.frame()
         return {
-            "clouds": {name: _grid(points, size) for name, points in self.clouds.items()},
-            "states": _grid(self.states, size),
-            "map": first,
-            "later": [[_largest(self.weights[n, t]) for t in range(tokens)] for n in range(1, steps)],
+            "clouds": {name: _grid((points - middle) / size) for name, points in self.clouds.items()},
+            "states": _grid((self.states - middle) / size),
             "hulls": [[index for face in hull for index in face] for hull in self.hulls],
             "hullOf": list(self.hull_of),
             "held": {name: [round(share, 3) for share in shares] for name, shares in self.held.items()},
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadPoints:
+    """What the page draws of one head: along the axes of all its points, and along those of its values; ``weights`` [n, S, S]."""
+
+    views: Mapping[str, View]
+    weights: Tensor
+
+    def packed(self) -> dict[str, Any]:
+        """Whole numbers: coordinates on a grid, weights in thousandths, of later steps the largest ones, keys and weights by turns."""
+        steps, tokens = self.weights.shape[0], self.weights.shape[1]
+        return {
+            "map": [_units(self.weights[0, t, : t + 1]) for t in range(tokens)],
+            "later": [[_largest(self.weights[n, t]) for t in range(tokens)] for n in range(1, steps)],
+            "views": {name: view.packed() for name, view in self.views.items()},
+        }
+
+
 def head_points(layer: Layer, head: int) -> HeadPoints:
-    """One query head of a layer with its KV head, projected together."""
+    """One query head of a layer with its KV head."""
     shown, g = layer.shown, head // layer.group
     parts = {"Q": shown.query[head], "K": shown.key[g], "V": shown.value[g]}
     clouds = {"=".join(group): parts[group[0]].cpu() for group in layer.clouds}
-    everything = torch.cat(list(clouds.values()))
-    projection = Projection3.fit(everything)
+    fitted = {ALL: torch.cat(list(clouds.values())), VALUES: parts["V"].cpu()}
+    views = {name: _view(Projection3.fit(points), clouds, shown, head) for name, points in fitted.items()}
+    return HeadPoints(views=views, weights=shown.weights[:, head].cpu())
+
+
+def _view(projection: Projection3, clouds: Mapping[str, Tensor], shown: Shown, head: int) -> View:
     projected = {name: projection(points) for name, points in clouds.items()}
     values = next(points for name, points in projected.items() if "V" in name)
     hulls, hull_of = _hulls(values.numpy(), shown, head)
-    return HeadPoints(
+    everything = torch.cat(list(clouds.values()))
+    return View(
         clouds=projected,
         states=projection(shown.states[head].cpu()),
-        weights=shown.weights[:, head].cpu(),
         hulls=hulls,
         hull_of=hull_of,
         held={"all": projection.held(everything)} | {name: projection.held(points) for name, points in clouds.items()},
@@ -132,8 +156,8 @@ def _faces(values: NDArray[np.float64], seen: NDArray[np.int64]) -> tuple[tuple[
     return tuple(sorted(tuple(sorted(int(index) for index in seen[face])) for face in simplices))
 
 
-def _grid(points: Tensor, size: float) -> list[int]:
-    return [round(value) for value in (points / size * GRID).flatten().tolist()]
+def _grid(points: Tensor) -> list[int]:
+    return [round(value) for value in (points * GRID).flatten().tolist()]
 
 
 def _units(weights: Tensor) -> list[int]:

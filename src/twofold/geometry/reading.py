@@ -56,11 +56,11 @@ class Opened:
         """What the layers are made of while the model reads the rows."""
         return _capture(self.model, rows, layers, shown=shown)
 
-    def read_untrained(self, rows: Sequence[Tensor], layers: Sequence[int]) -> list[Layer] | None:
+    def read_untrained(self, rows: Sequence[Tensor], layers: Sequence[int], *, shown: int) -> list[Layer] | None:
         """The same of an untrained model with the same configuration; None where that would be a large one."""
         if sum(parameter.numel() for parameter in self.model.parameters()) > MAX_UNTRAINED_PARAMETERS:
             return None
-        return _capture(self._untrained().to(self.model.device), rows, layers, shown=1)
+        return _capture(self._untrained().to(self.model.device), rows, layers, shown=shown)
 
     def _untrained(self) -> PreTrainedModel:
         if isinstance(self.model, TwofoldForCausalLM):
@@ -76,8 +76,8 @@ class Opened:
         return [chr(token) if token < 128 else f"\\x{token:02x}" for token in tokens]
 
 
-def open_model(folder: Path, *, device: torch.device | str = "cpu") -> Opened:
-    """The model that a folder holds. Raises TwofoldError, one sentence, where there is none, or none whose geometry is known."""
+def open_model(folder: Path, *, name: str = "", device: torch.device | str = "cpu") -> Opened:
+    """The model that a folder holds, called after the folder unless it has a ``name``. Raises TwofoldError, one sentence, where there is none, or none whose geometry is known."""
     kind = read_json(folder / "config.json").get("model_type")
     is_ours = kind == TwofoldConfig.model_type or kind is None
     if is_ours:
@@ -97,7 +97,7 @@ def open_model(folder: Path, *, device: torch.device | str = "cpu") -> Opened:
     return Opened(
         model=model,
         codec=codec_for(folder, vocab),
-        name=folder.resolve().name,
+        name=name or folder.resolve().name,
         is_ours=is_ours,
         num_layers=num_layers,
         max_tokens=limit,

@@ -100,6 +100,22 @@ MEASURES: tuple[Measure, ...] = (
         meaning="entropy of a query's weights over that of weights spread evenly: 1 is even",
     ),
     Measure(
+        key="peak_first",
+        name="largest weight, step 1",
+        per="query head",
+        low=0,
+        high=1,
+        meaning="the largest of a query's weights, mean over the tokens that are drawn; where V = K",
+    ),
+    Measure(
+        key="peak_last",
+        name="largest weight, last step",
+        per="query head",
+        low=0,
+        high=1,
+        meaning="the same after the pull has been repeated: 1 where it ends at one key, less where it ends at a mean of several",
+    ),
+    Measure(
         key="rank_wk",
         name="effective rank of W_K",
         per="layer",
@@ -185,7 +201,9 @@ class Row:
     def outside(self) -> int:
         """How many values lie outside the range of their own layer's random draws."""
         return sum(
-            not random.holds(value) for values, random in zip(self.values, self.random, strict=True) for value in values
+            random.draws > 0 and not random.holds(value)
+            for values, random in zip(self.values, self.random, strict=True)
+            for value in values
         )
 
     @property
@@ -249,6 +267,9 @@ def _of_layer(layer: Layer) -> Values:
         g = h // layer.group
         _add(values, _query((w_q[h], w_k[g]), (layer.query[h], layer.key[g], layer.value[g])))
     values["entropy"] = layer.entropy.tolist()
+    if len(layer.shown.weights) > 1:
+        first, last = (layer.shown.weights[step].amax(dim=-1).mean(dim=-1).tolist() for step in (0, -1))
+        values |= {"peak_first": first, "peak_last": last}
     _add(values, _ranks(w_k.flatten(0, 1), w_v.flatten(0, 1), _side_by_side(layer.key), _side_by_side(layer.value)))
     return values
 
