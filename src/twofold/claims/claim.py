@@ -73,7 +73,8 @@ class StudyEvidence(Rule):
     """A number of a study's report. ``section`` is a pattern (``*`` stands for anything): every section that fits is a check of its own.
 
     A difference is ``variant`` minus ``against`` (empty: the study's reference). A relative loss difference is in percent of the mean loss of
-    ``against``: how much longer a text's code becomes, whatever its unit. ``metric`` names another score than the section's own, as a column of
+    ``against``: how much longer a text's code becomes, whatever its unit. ``minus`` is
+    another task, whose difference is subtracted seed by seed: does it grow from there to here? ``metric`` names another score than the section's own, as a column of
     runs.csv. ``only`` are the selectors with which this part of a large study is run.
     """
 
@@ -82,6 +83,7 @@ class StudyEvidence(Rule):
     variant: str
     against: str = ""
     measure: Measure = "loss difference"
+    minus: str = ""
     metric: str = ""
     only: tuple[str, ...] = ()
 

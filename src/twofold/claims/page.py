@@ -132,7 +132,7 @@ def _overview(judgements: Sequence[Judgement]) -> list[str]:
 
 def _details(judgement: Judgement, link: _Link) -> Iterator[str]:
     claim = judgement.claim
-    yield f"### {escape(claim.short)} {{ #{claim.id} }}"
+    yield f'### <a id="{claim.id}"></a>{escape(claim.short)}'
     yield f"{escape(claim.statement)} (*{escape(claim.source)}*)"
     if claim.note:
         yield escape(claim.note)

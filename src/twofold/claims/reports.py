@@ -17,7 +17,7 @@ import pandas as pd
 from twofold.claims.claim import StudyEvidence
 from twofold.claims.measured import Measured, Missing, Origin, exact, from_json, scaled, turned
 from twofold.report.numbers import metric_name, metric_unit
-from twofold.study.statistics import Interval, interval, paired_difference
+from twofold.study.statistics import Interval, PairedDifference, interval, paired_difference
 
 Values = Mapping[str, Any]
 
@@ -84,7 +84,8 @@ class Report:
         is_difference = "difference" in evidence.measure
         labels = [variants[name]["label"] for name in (evidence.variant, against)]
         return Measured(
-            what=f"{section['title']}: {' against '.join(labels) if is_difference else labels[0]}",
+            what=f"{section['title']}: {' against '.join(labels) if is_difference else labels[0]}"
+            + (f", minus that on {evidence.minus}" if evidence.minus else ""),
             shown=shown,
             unit=_unit(evidence, section),
             origin=self.origin(section["tasks"]),
@@ -93,6 +94,8 @@ class Report:
         )
 
     def _shown(self, evidence: StudyEvidence, section: Values, own: Values, other: Values) -> Interval:
+        if evidence.minus:
+            return self._growth(evidence, section, own["name"], other["name"])
         is_told = section["is_whole"] and not evidence.metric
         loss, score = section["loss_metric"], evidence.metric or section["score"]
         if evidence.measure == "cache ratio":
@@ -109,12 +112,23 @@ class Report:
         size = from_json(other["loss"]) if is_told else self._mean(section, other["name"], loss)
         return scaled(shown, 100 / size.mean) if size.n else shown
 
+    def _growth(self, evidence: StudyEvidence, section: Values, own: str, other: str) -> Interval:
+        """The difference here minus that on another task, by seed."""
+        before = next(iter(_sections(self.values, evidence.minus)), None)
+        metric = evidence.metric or section["score" if evidence.measure == "score difference" else "loss_metric"]
+        if before is None or evidence.measure not in ("loss difference", "score difference"):
+            return interval([])
+        here, there = (
+            {seed: ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()}
+            for ours, theirs in ((self._by_seed(at, name, metric) for name in (own, other)) for at in (section, before))
+        )
+        return _plain(paired_difference(here, there))
+
     def _mean(self, section: Values, variant: str, metric: str) -> Interval:
         return interval(list(self._by_seed(section, variant, metric).values()))
 
     def _paired(self, section: Values, own: Values, other: Values, metric: str) -> Interval:
-        found = paired_difference(*(self._by_seed(section, variant["name"], metric) for variant in (own, other)))
-        return Interval(mean=found.mean, low=found.low, high=found.high, n=found.n, method=found.method)
+        return _plain(paired_difference(*(self._by_seed(section, variant["name"], metric) for variant in (own, other))))
 
     def _by_seed(self, section: Values, variant: str, metric: str) -> dict[int, float]:
         """A variant's value per seed, of those seeds that have ended all of the section's tasks; of tuned axes the variant's chosen points."""
@@ -152,6 +166,10 @@ def _difference(section: Values, own: Values, other: Values) -> Interval | None:
         if (pair["variant"], pair["other"]) == (other["name"], own["name"]):
             return turned(from_json(pair["difference"]))
     return None
+
+
+def _plain(found: PairedDifference) -> Interval:
+    return Interval(mean=found.mean, low=found.low, high=found.high, n=found.n, method=found.method)
 
 
 def _unit(evidence: StudyEvidence, section: Values) -> str:

@@ -16,9 +16,9 @@ def result(measured: Measured) -> str:
     if measured.is_exact:
         return f"{plain_number(shown.mean)} {measured.unit}".strip()
     places = decimals(shown.low, shown.high, shown.mean)
-    interval = bounds(shown, sign=sign) or "(no interval)"
+    parts = [number(shown.mean, places, sign=sign), bounds(shown, sign=sign) or "(no interval)", measured.unit]
     seeds = f", n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{shown.n}" if shown.n else ""
-    return f"{number(shown.mean, places, sign=sign)} {interval} {measured.unit}{seeds}"
+    return " ".join(filter(None, parts)) + seeds
 
 
 def plain_number(value: float) -> str:
