@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
@@ -46,7 +47,22 @@ def expand_plan(command: dict) -> None:
     say(event="expanded", tasks=facts, entries=[asdict(entry) for entry in entries])
 
 
-def run(command: dict) -> None:
+def run_many(command: dict) -> None:
+    with (Path(command["runs"][0]["folder"]).parents[3] / "populations.txt").open("a") as populations:
+        populations.write(f"{len(command['runs'])}\n")
+    for order in command["runs"]:
+
+        def tell(event: str, *, path: str = order["path"], error: str = "", **values: object) -> None:
+            if event == "progress":
+                say(event=event, **values)
+            else:
+                say(event="ended", path=path, status=event, error=error)
+
+        run(order, tell)
+    say(event="done")
+
+
+def run(command: dict, say: Callable[..., None] = say) -> None:
     folder = Path(command["folder"])
     study, path = folder.parents[3], folder.relative_to(folder.parents[2]).as_posix()
     with (study / "calls.txt").open("a") as calls:
@@ -79,10 +95,12 @@ def main() -> None:
     if "STUDY_WORKER_BROKEN" in os.environ:
         sys.exit("ImportError: libtorch.so is missing")
     sys.stdout.write("a library's stray print\n")
-    say(event="ready", device=os.environ.get("STUDY_WORKER_DEVICE", "cpu"))
+    memory = int(os.environ.get("STUDY_WORKER_MEMORY", "0"))
+    say(event="ready", device=os.environ.get("STUDY_WORKER_DEVICE", "cpu"), memory_bytes=memory)
+    serve = {"expand": expand_plan, "run": run, "run-many": run_many}
     while True:
         command = commands.get()
-        expand_plan(command) if command["command"] == "expand" else run(command)
+        serve[command["command"]](command)
 
 
 if __name__ == "__main__":

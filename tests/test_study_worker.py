@@ -71,12 +71,14 @@ def training(monkeypatch: pytest.MonkeyPatch, train: Callable[..., object]) -> N
 
 
 def test_a_plan_is_expanded_or_refused(told: list[dict[str, Any]]):
-    answer = serve(told, {"command": "expand", "plan": StudyPlan.model_validate(PLAN).to_dict()})
+    needed = ["bytes", "recall"]
+    plan = StudyPlan.model_validate(PLAN).to_dict()
+    answer = serve(told, {"command": "expand", "plan": plan, "needed": needed})
     assert answer["event"] == "expanded"
     assert set(answer["tasks"]) == {"bytes", "recall"}
     assert len(answer["entries"]) == 12
     wrong = StudyPlan.model_validate({**PLAN, "model": {**PLAN["model"], "num_key_value_heads": 3}}).to_dict()
-    answer = serve(told, {"command": "expand", "plan": wrong})
+    answer = serve(told, {"command": "expand", "plan": wrong, "needed": needed})
     assert answer["event"] == "refused"
     assert answer["error"].startswith("In task bytes, variant mha: ")
 

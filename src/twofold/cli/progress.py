@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from twofold.study.progress import StudyProgress
 
 
+MOST_BARS = 32
+"""More runs may be trained at a time than a screen has lines."""
+
+
 class RunProgress:
     """The bar of one training run: ``with RunProgress("text") as bar: train(..., report=bar.report)``."""
 
@@ -93,7 +97,8 @@ class StudyProgressBars:
             self._ended(read_ended(self._folder, path))
         for path, run in under_way.items():
             if path not in self._runs:
-                self._runs[path] = self._progress.add_task(f"  {path}", total=None, told="starting")
+                fits = len(self._runs) < MOST_BARS
+                self._runs[path] = self._progress.add_task(f"  {path}", total=None, told="starting", visible=fits)
             if step := run.progress:
                 self._progress.update(self._runs[path], completed=step.step, total=step.steps, told=told(step))
 

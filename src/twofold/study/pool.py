@@ -3,7 +3,7 @@
 Each worker is a Python process of its own (see :mod:`twofold.study.worker`) that reads commands from its standard input and answers on its
 standard output, a JSON object per line. A thread per worker moves the answers into one queue, so that whoever runs the pool waits in one place.
 On a CPU a worker computes with one thread: processes of one thread each beat one process of many. With graphics processors each
-worker sees exactly one.
+worker sees exactly one, and is given as many alike runs at a time as its memory holds (see :mod:`twofold.study.handouts`).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Worker:
     def __init__(self, number: int, answers: queue.SimpleQueue[Answer], log: Path, device: int | None) -> None:
         self.number = number
         self.device = device
+        self.memory_bytes = 0  # free on the graphics processor when the worker got ready
         self.log = log
         self._answers = answers
         environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, "1"), **_visible(device)}
@@ -98,7 +99,7 @@ class Answer:
 
     @property
     def event(self) -> str:
-        """What happened: ready, expanded, refused, progress, done, failed, or exited."""
+        """What happened: ready, expanded, refused, progress, ended (one of many runs), done, failed, or exited."""
         return str(self.values["event"])
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from twofold.errors import TwofoldError
 from twofold.lock import FolderLock
 from twofold.storage import read_json, write_json
+from twofold.study.handouts import Handouts, command_for
 from twofold.study.plan import StudyPlan
 from twofold.study.pool import Answer, Pool, Worker
 from twofold.study.progress import Clock, Phase, RunUnderWay, StudyProgress, cost
@@ -43,6 +44,7 @@ def run_study(
     *,
     command: str,
     workers: int | None = None,
+    population: int | None = None,
     only: Sequence[str] = (),
     accept_changes: bool = False,
     observe: Observe | None = None,
@@ -51,8 +53,9 @@ def run_study(
     """Run what is not yet done of ``plan`` in ``folder`` and read the results.
 
     ``command`` is how this was asked for, to be shown beside the numbers. ``workers`` is the number of processes (None: one for each graphics
-    processor, or else for each core). ``only`` names a subset (see :class:`~twofold.study.selection.Selection`). ``accept_changes`` goes
-    on in a folder whose results came from another plan or other code, and records that.
+    processor, or else for each core). ``population`` is the most runs that a worker trains as one program (None: as many as the memory of its
+    graphics processor holds, and one on a CPU). ``only`` names a subset (see :class:`~twofold.study.selection.Selection`).
+    ``accept_changes`` goes on in a folder whose results came from another plan or other code, and records that.
 
     ``observe`` hears of progress often, in the caller's thread. ``on_change`` rewrites what is shown of the folder: it is called at the start,
     after the first run, then every 20 s or more seldom where it takes long, and at the end; never twice at once, and in a thread of
@@ -60,8 +63,9 @@ def run_study(
 
     Raises TwofoldError where the plan cannot be expanded, the folder holds other results, or another runner is at work in it.
     """
-    if workers is not None and workers < 1:
-        raise TwofoldError(f"A study needs at least one worker, not {workers}.")
+    for asked, what in ((workers, "worker"), (population, "run in a population")):
+        if asked is not None and asked < 1:
+            raise TwofoldError(f"A study needs at least one {what}, not {asked}.")
     selection = Selection(plan, only)
     with FolderLock(folder):
         record = earlier(plan, folder, accept_changes=accept_changes)
@@ -72,7 +76,14 @@ def run_study(
             runner.start_workers(workers, enough=runner.count_open_runs(record) if record and is_whole else None)
             if record is None or not is_whole:
                 record = joined(record, runner.expand(plan, needed))
-            invocation = {"command": command, "only": list(only), "workers": len(pool.workers), "device": runner.device}
+            way = runner.way(record, population)
+            invocation = {
+                "command": command,
+                "only": list(only),
+                "workers": len(pool.workers),
+                "device": runner.device,
+                "way": way,
+            }
             runner.train(begun(record, folder, invocation))
     return Results.load(folder)
 
@@ -94,7 +105,8 @@ class _Runner:
         self._ready: set[Worker] = set()
         self._idle: list[Worker] = []
         self._queue: deque[PlannedRun] = deque()
-        self._current: dict[Worker, tuple[PlannedRun, RunUnderWay]] = {}
+        self._current: dict[Worker, dict[str, tuple[PlannedRun, RunUnderWay]]] = {}
+        self._handouts = Handouts(asked=1, workers=1, facts={})
         self._clock = Clock({})
         self._training_began = 0.0
         self._entry_costs: dict[int, float] = {}
@@ -150,6 +162,12 @@ class _Runner:
         entries = tuple(entry_from_dict(entry) for entry in answer.values["entries"])
         return StudyRecord(plan=plan, code_hash="", provenance={}, tasks=tasks, entries=entries)
 
+    def way(self, record: StudyRecord, population: int | None) -> str:
+        """Settle how runs are handed out, and say it in words."""
+        self._handouts = Handouts(asked=population, workers=max(1, len(self._pool.workers)), facts=record.tasks)
+        memory = max((worker.memory_bytes for worker in self._pool.workers), default=0)
+        return self._handouts.describe(self._open(self._tournament_of(record).known), self.device, memory)
+
     # Training
 
     def train(self, record: StudyRecord) -> None:
@@ -187,14 +205,17 @@ class _Runner:
     def _heed(self, answer: Answer) -> None:
         worker = answer.worker
         if answer.event == "progress":
-            planned, before = self._current[worker]
             told = {name: value for name, value in answer.values.items() if name != "event"}
-            run = RunUnderWay(path=planned.path, progress=Progress(**told))
-            self._current[worker] = planned, run
-            if before.progress is None:
-                self._clock.began(run)
+            for path, (planned, before) in self._current[worker].items():
+                run = RunUnderWay(path=path, progress=Progress(**told))
+                self._current[worker][path] = planned, run
+                if before.progress is None:
+                    self._clock.began(run)
+        elif answer.event == "ended":
+            planned, _ = self._current[worker].pop(answer.values["path"])
+            self._end(planned, answer.values["status"], answer.values["error"])
         elif answer.event in {"done", "failed"}:
-            self._end(worker, answer.event, answer.values.get("error", ""))
+            self._end_all(worker, answer.event, answer.values.get("error", ""))
             self._idle.append(worker)
             self._hand_out()
         elif answer.event == "exited":
@@ -203,8 +224,7 @@ class _Runner:
     def _replace(self, answer: Answer) -> None:
         """A worker has died: its run has failed, and another takes its place while there is work."""
         worker = answer.worker
-        if worker in self._current:
-            self._end(worker, "failed", _killed(answer))
+        self._end_all(worker, "failed", _killed(answer))
         if worker in self._idle:
             self._idle.remove(worker)
         self._hand_out()
@@ -213,23 +233,21 @@ class _Runner:
 
     def _hand_out(self) -> None:
         while self._idle and self._queue:
-            worker, planned = self._idle.pop(0), self._queue.popleft()
-            folder = planned.folder(self._folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "status.json", {"status": "running", "error": ""})
-            self._current[worker] = planned, RunUnderWay(path=planned.path)
-            worker.send(
-                {
-                    "command": "run",
-                    "run": planned.run.to_dict(),
-                    "folder": str(folder),
-                    "data_hash": planned.entry.data_hash,
-                    "keep_model": self._keep_models,
-                }
-            )
+            worker = self._idle.pop(0)
+            chosen = self._handouts.take(self._queue, worker.memory_bytes)
+            for planned in chosen:
+                folder = planned.folder(self._folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / "status.json", {"status": "running", "error": ""})
+            self._current[worker] = {planned.path: (planned, RunUnderWay(path=planned.path)) for planned in chosen}
+            worker.send(command_for(chosen, self._folder, keep_model=self._keep_models))
 
-    def _end(self, worker: Worker, status: str, error: str) -> None:
-        planned, _ = self._current.pop(worker)
+    def _end_all(self, worker: Worker, status: str, error: str) -> None:
+        """All that the worker has not said of how it ended: its only run, or those of many that it died over."""
+        for planned, _ in self._current.pop(worker, {}).values():
+            self._end(planned, status, error)
+
+    def _end(self, planned: PlannedRun, status: str, error: str) -> None:
         write_json(planned.folder(self._folder) / "status.json", {"status": status, "error": error})
         self._clock.ended(planned.path)
         self._done += status == "done"
@@ -252,6 +270,7 @@ class _Runner:
         answer = self._pool.next_answer(SECONDS_BETWEEN_LOOKS)
         if answer is not None and answer.event == "ready":
             self.device = answer.values["device"]
+            answer.worker.memory_bytes = answer.values.get("memory_bytes", 0)
             self._ready.add(answer.worker)
             self._idle.append(answer.worker)
             self._hand_out()
@@ -268,7 +287,7 @@ class _Runner:
     def _tell(self) -> None:
         if self._observe is None:
             return
-        under_way = tuple(run for _, run in self._current.values())
+        under_way = tuple(run for current in self._current.values() for _, run in current.values())
         now = time.monotonic()
         left = self._clock.seconds_left(under_way, now - self._training_began) if self._phase == "training" else None
         self._observe(

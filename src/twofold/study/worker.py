@@ -5,6 +5,10 @@ Commands come on standard input, answers go to standard output, a JSON object pe
     {"command": "expand", "plan": {...}}        -> {"event": "expanded", "tasks": {...}, "entries": [...]} or {"event": "refused", "error"}
     {"command": "run", "run": RunSpec, "folder", "data_hash", "keep_model"}
                                                 -> {"event": "progress", ...}, then {"event": "done"} or {"event": "failed", "error"}
+    {"command": "run-many", "runs": [{"path", "run", "folder", "data_hash"}, ...], "keep_model"}
+                                                -> progress, {"event": "ended", "path", "status", "error"} for each, then as above
+
+The runs of "run-many" are alike, and trained as one program.
 
 Whatever libraries print goes to the log. When the pipe of commands closes, whoever started this process is gone, even if it was killed with
 SIGKILL, and the process ends at once, in the middle of whatever it does: a trainer's files survive that.
@@ -37,10 +41,11 @@ if TYPE_CHECKING:
     import torch
 
     from twofold import tasks
-    from twofold.training import trainer
+    from twofold.training import population, trainer
 else:
     # Torch takes seconds to import: the pipe must be watched before that.
     torch, tasks, trainer = Lazy("torch"), Lazy("twofold.tasks"), Lazy("twofold.training.trainer")
+    population = Lazy("twofold.training.population")
 
 SECONDS_BETWEEN_REPORTS = 0.5
 
@@ -54,7 +59,7 @@ def main() -> None:
     threading.Thread(target=_listen, args=(commands,), daemon=True).start()
     # Ctrl-C reaches the whole group of processes; the runner decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    say({"event": "ready", "device": _prepare()})
+    say({"event": "ready", **_prepare()})
     while True:
         command = commands.get()
         _serve(command, say)
@@ -87,13 +92,13 @@ def _lines(descriptor: int) -> Iterator[bytes]:
         yield from lines
 
 
-def _prepare() -> str:
-    """Import what training needs and say what it will compute on."""
+def _prepare() -> dict[str, Any]:
+    """Import what training needs, and say what it will compute on and how much memory is free there (of a graphics processor)."""
     _ = trainer.train, tasks.load_task
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
+        return {"device": torch.cuda.get_device_name(0), "memory_bytes": torch.cuda.mem_get_info()[0]}
     torch.set_num_threads(1)
-    return "cpu"
+    return {"device": "cpu", "memory_bytes": 0}
 
 
 def _serve(command: Mapping[str, Any], say: Say) -> None:
@@ -103,6 +108,9 @@ def _serve(command: Mapping[str, Any], say: Say) -> None:
             facts, entries = expand(StudyPlan.model_validate(command["plan"]), ask, command["needed"])
             told = {name: asdict(fact) for name, fact in facts.items()}
             say({"event": "expanded", "tasks": told, "entries": [asdict(entry) for entry in entries]})
+        elif command["command"] == "run-many":
+            _run_many(command, say)
+            say({"event": "done"})
         else:
             _run(command, say)
             say({"event": "done"})
@@ -115,15 +123,38 @@ def _serve(command: Mapping[str, Any], say: Say) -> None:
 
 def _run(command: Mapping[str, Any], say: Say) -> None:
     run, folder = RunSpec.from_dict(command["run"]), Path(command["folder"])
-    task = _task(run.task)
-    if task.data_hash != command["data_hash"]:
+    trainer.train(run, folder, task=_same_task(run.task, command["data_hash"]), report=_throttled(say))
+    _tidy(folder, keep_model=command["keep_model"])
+
+
+def _run_many(command: Mapping[str, Any], say: Say) -> None:
+    orders = command["runs"]
+    runs, folders = [RunSpec.from_dict(order["run"]) for order in orders], [Path(order["folder"]) for order in orders]
+    for run, order in zip(runs, orders, strict=True):
+        task = _same_task(run.task, order["data_hash"])  # one for all, since they are alike
+    endings = population.train_population(runs, folders, task=task, report=_throttled(say))
+    for order, folder, ending in zip(orders, folders, endings, strict=True):
+        failed = isinstance(ending, TwofoldError)
+        if not failed:
+            _tidy(folder, keep_model=command["keep_model"])
+        status, error = ("failed", str(ending)) if failed else ("done", "")
+        say({"event": "ended", "path": order["path"], "status": status, "error": error})
+
+
+def _same_task(spec: TaskSpec, data_hash: str) -> tasks.Task:
+    """The task. Raises TwofoldError where its data are not those of this hash."""
+    task = _task(spec)
+    if task.data_hash != data_hash:
         raise TwofoldError(
-            f"The data of task {run.task.name} are not those with which the study was begun "
-            f"(hash {task.data_hash[:12]}, then {command['data_hash'][:12]}): begin again in a new folder."
+            f"The data of task {spec.name} are not those with which the study was begun "
+            f"(hash {task.data_hash[:12]}, then {data_hash[:12]}): begin again in a new folder."
         )
-    trainer.train(run, folder, task=task, report=_throttled(say))
-    # A finished run needs its checkpoints no more.
-    for name in ("checkpoints",) if command["keep_model"] else ("checkpoints", "model"):
+    return task
+
+
+def _tidy(folder: Path, *, keep_model: bool) -> None:
+    """A finished run needs its checkpoints no more."""
+    for name in ("checkpoints",) if keep_model else ("checkpoints", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -145,7 +176,7 @@ def ask(spec: TaskSpec) -> TaskAnswer:
     return TaskAnswer(
         model_fields=dict(task.model_fields), description=task.description, loss_metric=task.loss_metric, score=task.score,
         higher_is_better=task.higher_is_better, train_size=task.train_size, tokens_per_example=task.tokens_per_example,
-        data_hash=task.data_hash,
+        data_hash=task.data_hash, held_out_size=task.held_out_size, chance=task.chance,
     )  # fmt: skip
 
 

@@ -55,6 +55,15 @@ def command(
     workers: Annotated[
         int | None, typer.Option(help="Processes that train at a time.", metavar="N", min=1, show_default="all cores")
     ] = None,
+    population: Annotated[
+        int | None,
+        typer.Option(
+            help="The most runs that are trained as one program.",
+            metavar="N",
+            min=1,
+            show_default="as many as a graphics processor's memory holds, 1 on a CPU",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help="Run this task, variant or seed-N only; may be given again.", metavar="NAME"),
@@ -72,13 +81,14 @@ def command(
     def write_report() -> None:
         page[:] = report.write(place)
 
-    asked = _asked(study, folder, workers, only)
+    asked = _asked(study, folder, only, workers=workers, population=population)
     with StudyProgressBars(plan.name, place, ended=_print_line if as_json else None) as bars:
         runner.run_study(
             plan,
             place,
             command=asked,
             workers=workers,
+            population=population,
             only=only or (),
             accept_changes=accept_changes,
             observe=bars.report,
@@ -98,11 +108,11 @@ def command(
         raise typer.Exit(RUN_FAILED)
 
 
-def _asked(study: str, folder: Path | None, workers: int | None, only: list[str] | None) -> str:
+def _asked(study: str, folder: Path | None, only: list[str] | None, **numbers: int | None) -> str:
     """The command line that asks for the same, to stand beside the numbers."""
     words = ["twofold", "study", "run", study]
     words += ["--folder", str(folder)] if folder else []
-    words += ["--workers", str(workers)] if workers else []
+    words += [word for name, number in numbers.items() if number for word in (f"--{name}", str(number))]
     words += [word for name in only or () for word in ("--only", name)]
     return shlex.join(words)
 
