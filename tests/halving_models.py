@@ -31,27 +31,18 @@ def randomized(model: nn.Module, seed: int = 0, *, std: float = 0.25) -> Any:
     return model
 
 
+GEMMA: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}  # fmt: skip
+
+
 def gemma_config(**changes: Any) -> transformers.Gemma4TextConfig:
     """Two stacks of sliding, sliding, full; one KV head of 32 in full layers, of which 8 dimensions turn."""
-    values: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "global_head_dim": 32,
-        "num_global_key_value_heads": 1,
-        "attention_k_eq_v": True,
-        "sliding_window": 8,
-        "hidden_size_per_layer_input": 0,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-        "max_position_embeddings": 512,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-    }
-    return transformers.Gemma4TextConfig(**(values | changes))
+    own: dict[str, Any] = {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "eos_token_id": None}
+    return transformers.Gemma4TextConfig(**(GEMMA | own | changes))
 
 
 def gemma(seed: int = 0, **changes: Any) -> Any:
@@ -169,15 +160,10 @@ def gemma_with_images() -> Any:
 
 def diffusion_gemma() -> Any:
     """An encoder that fills a cache and a decoder that refines a block of text beside it."""
-    text = gemma_config(num_hidden_layers=3, layer_types=["sliding_attention", "sliding_attention", "full_attention"])
+    text = GEMMA | {"num_hidden_layers": 3, "layer_types": GEMMA["layer_types"][:3]}
     experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16, "final_logit_softcapping": 30.0}
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-            "global_head_dim", "num_global_key_value_heads", "sliding_window", "layer_types", "max_position_embeddings", "pad_token_id")  # fmt: skip
     config = transformers.DiffusionGemmaConfig(
-        text_config={name: text.to_dict()[name] for name in kept} | experts,
-        vision_config=VISION,
-        canvas_length=6,
-        **SIGNS,
+        text_config=text | experts, vision_config=VISION, canvas_length=6, **SIGNS
     )
     model = randomized(transformers.DiffusionGemmaForBlockDiffusion(config)).float()
     model.set_experts_implementation("eager")
