@@ -281,7 +281,7 @@ def test_choices_and_pairs_are_quoted_from_the_report(house: Path):
 
 def test_parts_and_answers_are_quoted_and_what_was_not_run_says_so(house: Path):
     page = house / "docs" / "other.md"
-    page.write_text("".join(f"<!-- {kind}: {name} -->\nold\n<!-- end -->\n" for kind in ("parts", "answers") for name in ("synthetic", "nowhere")))  # fmt: skip
+    page.write_text("".join(f"<!-- {kind}: {name} -->\nstale\n<!-- end -->\n" for kind in ("parts", "answers") for name in ("synthetic", "nowhere")))  # fmt: skip
     path = house / "docs" / "results" / "synthetic" / "report.json"
     kept = path.read_text()
     path.write_text(json.dumps(json.loads(kept) | {"parts": [{"name": "law", "title": "A law", "sentences": ["It is [0, 1]."]}]}))
@@ -292,7 +292,7 @@ def test_parts_and_answers_are_quoted_and_what_was_not_run_says_so(house: Path):
     assert "- **Associative recall.** " in answers
     for text in (no_parts, no_answers):
         assert text.endswith("-->\n*Not run yet: no result of this study is kept.*\n")
-    assert not any("old" in text for text in (of_parts, no_parts, answers, no_answers))
+    assert not any("stale" in text for text in (of_parts, no_parts, answers, no_answers))
     page.unlink()
 
 

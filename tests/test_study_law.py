@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from twofold.cost import parameters
+from twofold.cost import parameters as parameters_of
 from twofold.spec import ModelSpec
 from twofold.study import law
 from twofold.study import plan as plans
@@ -178,10 +178,10 @@ def test_the_built_in_study_trains_each_budget_for_what_it_is_called():
                 {**study_plan.model, "architecture": "causal_lm", "vocab_size": 256, "causal": True, **task.model}
             )
             tokens = task.training["steps"] * task.training["batch_size"] * task.options["context"]
-            assert tokens / parameters(spec) == pytest.approx(int(task.points["ratio"].removeprefix("r")), rel=0.02)
+            assert tokens / parameters_of(spec) == pytest.approx(int(task.points["ratio"].removeprefix("r")), rel=0.02)
             assert task.training["warmup_steps"] == pytest.approx(task.training["steps"] / 10, abs=1)
             differences = dict.fromkeys(study_plan.seeds, 0.1)
-            made.append(Budget(parameters=parameters(spec), tokens=tokens, differences=differences))
+            made.append(Budget(parameters=parameters_of(spec), tokens=tokens, differences=differences))
         found = fit(made)
         assert found is not None
         assert len(found.seeds) >= 5
