@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 import torch
@@ -69,6 +70,21 @@ def test_gemma_is_told_layer_by_layer_and_at_lengths(gemma_folder: Path):
     assert values["cache_bytes"] == [
         {"tokens": 100, "before": 4 * (2 * 64 * 100 + 4 * 64 * 8), "after": 4 * (2 * 32 * 100 + 4 * 64 * 8)}
     ]
+
+
+def test_the_layers_are_drawn(gemma_folder: Path, gpt2_folder: Path, tmp_path: Path):
+    for home, words in (
+        (gemma_folder, "2 of 6 layers of Gemma4ForCausalLM"),
+        (gpt2_folder, "2 of 2 layers of GPT2LMHeadModel"),
+    ):
+        picture = tmp_path / "layers.svg"
+        done = invoke(home, "--picture", picture, "--tokens", 100)
+        assert done.exit_code == 0, done.output
+        drawn = ET.fromstring(picture.read_text(encoding="utf-8"))
+        assert words in drawn.attrib["aria-label"]
+        bars = [bar for bar in drawn.iter("{http://www.w3.org/2000/svg}rect") if bar.attrib.get("class") == "dot"]
+        assert len(bars) == {gemma_folder: 4 + 2 * 2, gpt2_folder: 2 * 2}[home] + 3  # and the legend
+        assert ("rounding in the cache" in picture.read_text(encoding="utf-8")) == (home == gpt2_folder)
 
 
 def test_a_text_goes_through_both(gemma_folder: Path):

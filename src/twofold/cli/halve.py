@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -16,6 +17,8 @@ from twofold.cli.fitting import Device, computing_on
 from twofold.cli.output import Json, show, show_json
 from twofold.lazy import Lazy
 from twofold.picture import LABEL, QUIET, bytes_text, change_text
+from twofold.report.halving import halving_picture
+from twofold.storage import write_text
 
 if TYPE_CHECKING:
     from twofold.existing import halving, loading
@@ -31,6 +34,9 @@ EXAMPLES = (
     Example(
         command="twofold halve openai-community/gpt2 --max-error 0.05 --keep keys",
         purpose="A multi-head model: keep keys, in every layer where rounding costs values less than 5%.",
+    ),
+    Example(
+        command="twofold halve ~/models/gemma-4-12b --picture layers.svg", purpose="The layers before and after, drawn."
     ),
     Example(command="twofold halve ~/models/gpt2 --json | jq '.layers[] | {name, kept}'", purpose="For programs."),
 )
@@ -63,6 +69,10 @@ def command(
     dtype: Annotated[
         Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Type of the weights; auto: as stored.")
     ] = "auto",
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Draw layers before and after, at the last length.", metavar="FILE.svg", show_default=False),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -75,6 +85,9 @@ def command(
             report, trial = loading.attempt(loaded, model, text, new_tokens=new_tokens, keep=keep, max_error=max_error)
         else:
             report = halving.halve(loaded, keep=keep, max_error=max_error)
+    if picture is not None:
+        drawn = halving_picture(report.layers, model=report.model, tokens=lengths[-1], width=report.dtype.itemsize)
+        write_text(picture, drawn)
     if as_json:
         show_json(_values(model, report, lengths, trial))
         return
@@ -116,6 +129,7 @@ def _layers(report: halving.HalvingReport) -> Table:
     has_errors = any(layer.measured_error for layer in report.layers)
     if has_errors:
         table.add_column("error", justify="right")
+    table.add_column("arithmetic", justify="right")
     alike = Counter((layer.kept, layer.cached_floats, layer.window_tokens) for layer in report.layers)
     for (kept, floats, window), count in alike.items():
         same = [
@@ -127,6 +141,7 @@ def _layers(report: halving.HalvingReport) -> Table:
         cells = [f"{count}", MEANINGS[kept], counts, f"{window:,}" if window else ""]
         if has_errors:
             cells.append(f"{max(layer.measured_error for layer in same):.2g}")
+        cells.append(f"{max(layer.arithmetic for layer in same):.3g} ×" if floats[0] != floats[1] else "")
         table.add_row(*cells)
     return table
 

@@ -35,7 +35,8 @@ class LayerReport:
 
     ``kept`` is what its cache holds now: the "stream" that is key and value, "keys", "values", or "both" where it is as it was, with the ``reason``.
     ``cached_floats`` counts those of a token, before and after; ``window_tokens`` is how many tokens are held at most, 0: all. For multi-head layers
-    ``condition`` is that of the kept projection, ``predicted_error`` and ``measured_error`` are what rounding in the cache does to the other.
+    ``condition`` is that of the kept projection, ``predicted_error`` and ``measured_error`` are what rounding in the cache does to the other, and
+    ``arithmetic`` is how many times the operations of a token's attention are what they were.
     """
 
     name: str
@@ -46,11 +47,16 @@ class LayerReport:
     condition: float = 1.0
     predicted_error: float = 0.0
     measured_error: float = 0.0
+    arithmetic: float = 1.0
 
     @property
     def is_halved(self) -> bool:
         """Whether it holds one tensor."""
         return self.kept != "both"
+
+    def cache_bytes(self, tokens: int, width: int, *, halved: bool = True) -> int:
+        """Bytes of its cache for one text of ``tokens`` in floats of ``width`` bytes, after or before."""
+        return min(tokens, self.window_tokens or tokens) * self.cached_floats[halved] * width
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,7 @@ class HalvingReport:
 
     def cache_bytes(self, tokens: int, *, halved: bool = True) -> int:
         """Bytes of the cache of one text of ``tokens``, after or before."""
-        kept = (min(tokens, layer.window_tokens or tokens) * layer.cached_floats[halved] for layer in self.layers)
-        return sum(kept) * self.dtype.itemsize
+        return sum(layer.cache_bytes(tokens, self.dtype.itemsize, halved=halved) for layer in self.layers)
 
     @property
     def num_halved(self) -> int:
@@ -191,7 +196,13 @@ def _shared_norm_plan(model: nn.Module, name: str, layer: Any) -> _Plan:
     if reads_only:
         return _Plan(layer, None, forward)
     counts = (2 * floats, floats if forward else 2 * floats)
-    report = LayerReport(name, "stream" if forward else "both", reason, counts, window_tokens=window)
+    # Dimensions that turn are multiplied apart, and turned: 6 operations for each of them and KV head.
+    heads, kv_heads = layer.q_proj.out_features // layer.head_dim, floats // layer.head_dim
+    turning = 2 * forward.rotations.pairs if forward else 0
+    arithmetic = 1 + turning * (2 * heads + 6 * kv_heads) / (4 * heads * layer.head_dim)
+    report = LayerReport(
+        name, "stream" if forward else "both", reason, counts, window_tokens=window, arithmetic=arithmetic
+    )
     return _Plan(layer, report, forward)
 
 
@@ -216,7 +227,10 @@ def _multi_head_plan(
         reason = f"rounding in the cache would move the other by {error:.2g} of its size, more than max_error = {max_error:g}"
         return _Plan(layer, replace(said, reason=reason))
     forward = multi_head.MultiHeadForward(layer, family, found, rotations)
-    return _Plan(layer, replace(said, kept=found.kept, cached_floats=(2 * floats, floats)), forward)
+    # One of two products over the cache becomes one over the rows of all heads.
+    arithmetic = (1 + multi_head.num_heads(layer)[0]) / 2
+    halved = replace(said, kept=found.kept, cached_floats=(2 * floats, floats), arithmetic=arithmetic)
+    return _Plan(layer, halved, forward)
 
 
 def _best_fold(layer: Any, family: multi_head.Family, keep: Keep) -> tuple[Fold | None, float]:
