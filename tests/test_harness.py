@@ -57,7 +57,7 @@ model = { tie = "(Q, K=V)" }
 [[tasks]]
 name = "follows"
 task = "deduction"
-options = { train_size = 400, held_out_size = 30, letters = 8 }
+options = { train_size = 2_000, held_out_size = 30, chain = 2, max_steps = 1, letters = 4 }
 [[tasks]]
 name = "reverse"
 task = "reverse"
@@ -72,7 +72,7 @@ dataset_kwargs: {data_files: {test: %s}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{text}}"
-doc_to_choice: ["y", "n", "x", "z"]
+doc_to_choice: ["a", "b", "c", "d"]
 doc_to_target: "{{next}}"
 target_delimiter: ""
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
@@ -129,7 +129,7 @@ def test_the_harness_scores_a_studys_questions_as_the_study_did(study: Path):
 @needs_harness
 def test_a_task_of_ones_own_runs_on_every_tie_and_chance_is_told_from_its_choices(study: Path, tmp_path: Path):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install -e '.[eval]'")
-    lines = [{"text": f"a>b b>c d>e e>f a?{end}=", "next": answer} for end, answer in ("cy", "fn") for _ in range(6)]
+    lines = [{"text": f"a>b d>c ?{start}", "next": answer} for start, answer in ("ab", "dc") for _ in range(6)]
     (tmp_path / "choose.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "choose.yaml").write_text(CHOOSE % (tmp_path / "choose.jsonl"))
     arguments = ["harness", str(study), "--only", "follows", "--tasks", "choose", "--include", str(tmp_path)]

@@ -456,8 +456,11 @@ def test_there_are_the_studies_that_were_promised():
         "paper-synthetic",
         "paper-vision",
         "plane",
+        "reasoning",
+        "recall-heads",
         "rotary",
         "rotary-late",
+        "separate",
         "smoke",
         "width",
     )

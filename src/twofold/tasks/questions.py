@@ -97,12 +97,15 @@ class QuestionOptions(Options, ABC):
     def draw(self, draws: Draws) -> Question:
         """A question at random."""
 
+    def chance(self, questions: Sequence[Question]) -> float:
+        """The exact match of the best guess that does not use what is asked: the commonest answer to each form of ``questions``, unless a task knows better."""
+        return constant_guess(questions)
+
 
 class QuestionTask(TableTask):
     """``accuracy`` is that of single bytes of answers, ``exact_match`` that of whole answers, ``exact_match_KIND`` that of each kind.
 
-    ``questions`` are those held out, in the order of the rows. ``chance`` is the exact match of somebody who always gives the answer that is
-    most frequent in training among questions of the same form.
+    ``questions`` are those held out, in the order of the rows. ``chance`` is what the options say of the training part.
     """
 
     score: ClassVar[str] = "exact_match"
@@ -123,7 +126,7 @@ class QuestionTask(TableTask):
             held_out=rows,
             description=f"{what}: {len({question.key for question in train}):,} different questions for training, {len(held_out):,} others held out.",
             tokens_per_example=length,
-            chance=constant_guess(train),
+            chance=options.chance(train),
             model_fields={"architecture": "causal_lm", "vocab_size": VOCABULARY, "causal": True},
         )
 
