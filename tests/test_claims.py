@@ -110,6 +110,20 @@ def test_a_verdict_follows_from_all_checks(lows: list[float], verdict: str, tmp_
     assert sum(counts([judgement]).values()) == 1
 
 
+def test_a_verdict_on_a_part_of_the_evidence_says_so(tmp_path: Path):
+    (tmp_path / "v.json").write_text(json.dumps({"x": {"mean": 1, "low": 0.5, "high": 1.5, "n": 3}}))
+    there = ValueEvidence(file="v.json", at=("x",), what="x", command="twofold doctor", above=0.0)
+    missing = StudyEvidence(study="nowhere", variant="kv", above=0.0)
+    judgement = claims.judge(claim(there, missing, missing, topic="language"), Kept(tmp_path))
+    assert (judgement.verdict, judgement.is_partial, len(judgement.missing)) == ("confirmed at this scale", True, 1)
+    text = page.text([judgement], Kept(tmp_path), tmp_path / "claims.md")
+    assert "**confirmed at this scale**, in part |" in text
+    assert "by a part of the evidence" in text
+    whole = claims.judge(claim(there, topic="language"), Kept(tmp_path))
+    assert not whole.is_partial
+    assert "in part |" not in page.text([whole], Kept(tmp_path), tmp_path / "claims.md")
+
+
 def test_power_is_that_of_the_paired_test():
     values = np.random.default_rng(0).normal(size=5)
     assert power_of(interval(list(values))) == pytest.approx(detectable_difference(values.std(ddof=1), 5))
@@ -350,15 +364,17 @@ def test_evidence_of_a_benchmark_is_a_row_that_it_prints():
     rows = [evidence for _, evidence in EVIDENCE if isinstance(evidence, RowEvidence)]
     assert rows
     for evidence in rows:
-        printed = json.loads((RESULTS / f"{evidence.benchmark}.json").read_text())
-        assert evidence.row in {row["name"] for row in printed}
         assert (ROOT / "benchmarks" / f"{evidence.benchmark}.py").exists()
+        kept = RESULTS / f"{evidence.benchmark}.json"
+        if kept.exists():
+            assert evidence.row in {row["name"] for row in json.loads(kept.read_text())}
+    assert sum((RESULTS / f"{evidence.benchmark}.json").exists() for evidence in rows) > 5
 
 
 def test_every_command_is_understood():
     lines = [evidence.command for _, evidence in EVIDENCE] + [one.test for one in claims.load() if one.test]
-    ours = [arguments for line in lines for arguments in commands(line)]
-    assert len(ours) > 20
+    ours = [arguments for line in dict.fromkeys(lines) for arguments in commands(line)]
+    assert len(ours) > 15
     for arguments in ours:
         check_understood(arguments)
 

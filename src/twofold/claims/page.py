@@ -30,7 +30,7 @@ INTRODUCTION = (
     "and a test fails where the page and the results disagree.",
     "What was run here is small: byte models and made-up tasks that two cores train in seconds or minutes. “At this scale” is "
     "meant literally: a claim about 300M parameters can be confirmed or refuted here only for models like these.",
-    "A rule is judged on 95% intervals of Student's t over seeds; differences are paired by seed. With so many intervals about one in twenty "
+    "A claim may have several rules. A verdict “in part” rests on those of them whose results are kept. A rule is judged on 95% intervals of Student's t over seeds; differences are paired by seed. With so many intervals about one in twenty "
     "misses the truth by chance alone. *Would have been seen* is the smallest true difference that such a study finds four times in five, given "
     "its number of seeds and their spread. Percentages of perplexity are compared as lengths of code: +3.1% perplexity at 5.11 is +1.9% of the loss, "
     "and a relative difference of losses does not depend on the unit, be it nats per token or bits per byte.",
@@ -122,7 +122,7 @@ def _overview(judgements: Sequence[Judgement]) -> list[str]:
         [
             f"[{escape(judgement.claim.short)}](#{judgement.claim.id})",
             ASKED[judgement.claim.asked_by],
-            f"**{judgement.verdict}**",
+            f"**{judgement.verdict}**{', in part' if judgement.is_partial else ''}",
             escape(short_result(judgement)),
         ]
         for judgement in judgements
@@ -136,8 +136,7 @@ def _details(judgement: Judgement, link: _Link) -> Iterator[str]:
     yield f"{escape(claim.statement)} (*{escape(claim.source)}*)"
     if claim.note:
         yield escape(claim.note)
-    counted = tally(judgement)
-    yield f"Verdict: **{judgement.verdict}**{f' ({counted})' if counted else ''}."
+    yield f"Verdict: **{judgement.verdict}**{_qualified(judgement)}."
     if judgement.checks:
         rows = [
             [
@@ -157,6 +156,12 @@ def _details(judgement: Judgement, link: _Link) -> Iterator[str]:
         lines.append("- nothing in this version tests it")
     lines += _origins(judgement)
     yield "\n".join(lines)
+
+
+def _qualified(judgement: Judgement) -> str:
+    counted = tally(judgement)
+    part = ", by a part of the evidence: other results are not there yet" if judgement.is_partial else ""
+    return f"{f' ({counted})' if counted else ''}{part}"
 
 
 def _origins(judgement: Judgement) -> Iterator[str]:

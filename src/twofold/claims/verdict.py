@@ -36,7 +36,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """A claim with its checks, what is missing (a reason and a command each), and the verdict that follows."""
+    """A claim with its checks, what is missing (a reason and a command each, once), and the verdict that follows."""
 
     claim: Claim
     checks: tuple[Check, ...]
@@ -52,6 +52,11 @@ class Judgement:
             return "mixed"
         (outcome,) = outcomes
         return "undecided" if outcome == "undecided" else _AT_THIS_SCALE[outcome]
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the verdict rests on a part of the evidence."""
+        return bool(self.checks and self.missing)
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -74,7 +79,7 @@ def judge(claim: Claim, kept: Kept) -> Judgement:
             power = math.nan if measured.is_exact else power_of(measured.shown)
             outcome = judged(evidence, measured)
             checks.append(Check(evidence=evidence, measured=measured, outcome=outcome, power=power))
-    return Judgement(claim=claim, checks=tuple(checks), missing=tuple(missing))
+    return Judgement(claim=claim, checks=tuple(checks), missing=tuple(dict.fromkeys(missing)))
 
 
 def power_of(shown: Interval) -> float:

@@ -98,7 +98,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _verdict(judgement: claims.Judgement) -> Text:
-    return Text(judgement.verdict.removesuffix(" at this scale"), style=COLOURS[judgement.verdict.split()[0]])
+    words = judgement.verdict.removesuffix(" at this scale") + (", in part" if judgement.is_partial else "")
+    return Text(words, style=COLOURS[judgement.verdict.split()[0]])
 
 
 def _overview(judgements: list[claims.Judgement]) -> Table:
