@@ -104,6 +104,21 @@ def test_every_file_of_the_report_has_the_parts(budget: tuple[Path, Summary]):
     assert "](law.svg)" in markdown
 
 
+def test_a_law_that_does_not_fit_says_so(tmp_path: Path):
+    folder = tmp_path / "synthetic"
+    sizes, ratios = budget_plan()["tasks"][0]["grid"]
+    task = PLAN["tasks"][0] | {"grid": [sizes | {"points": sizes["points"][:2]}, ratios]}
+    write_study(folder, complete=True, plan=plan(tasks=[task]))
+
+    def bent(task: str, variant: str, seed: int, outcome: dict[str, Any]) -> dict[str, float]:
+        bits = of_a_law(task, variant, seed, outcome)["bits_per_byte"]
+        return {"bits_per_byte": bits + (variant == "kv-tied") * task.endswith("r20")}
+
+    (law,) = parts(rewritten(folder, bent))
+    assert "farther from that law than their noise allows" in " ".join(law.sentences)
+    assert law.values["variants"][0]["law"]["is_misfit"]
+
+
 def test_a_law_that_has_too_few_runs_says_so(tmp_path: Path):
     folder = tmp_path / "synthetic"
     sizes, ratios = budget_plan()["tasks"][0]["grid"]

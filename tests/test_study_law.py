@@ -95,6 +95,24 @@ def test_a_difference_that_does_not_depend_on_the_budget_is_its_own_limit():
     assert found.at(SIZES[0], 300).value == pytest.approx(0.2, abs=0.01)
 
 
+def test_budgets_that_follow_no_such_law_are_noticed():
+    def bent(budget: Budget) -> Budget:
+        """Up, and down again."""
+        added = 0.3 * (budget.ratio == 20)
+        return Budget(
+            parameters=budget.parameters,
+            tokens=budget.tokens,
+            differences={seed: value + added for seed, value in budget.differences.items()},
+        )
+
+    known = budgets(0.05, 0.3, 0.4, 0.0, noise=0.01)
+    straight, misfit = fit(known), fit(list(map(bent, known)))
+    assert straight is not None
+    assert misfit is not None
+    assert not straight.is_misfit
+    assert misfit.is_misfit
+
+
 def test_too_little_gives_no_law():
     known = budgets(0.05, 0.3, 0.4, 0.0, noise=0.01)
     assert fit([]) is None

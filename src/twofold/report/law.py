@@ -100,6 +100,9 @@ def _sentences(found: _Found, reference: str, metric: str) -> Iterator[str]:
     if law.is_pinned:
         ends = f"{EXPONENTS[0]:.1f} to {EXPONENTS[-1]:.0f}"
         yield f"Its exponent ends at an end of its range ({ends}): these budgets do not say how the difference settles, so that limit is a guess beyond them."
+    if law.is_misfit:
+        shown = f"{law.chi_squared:.0f} on {law.degrees} degrees of freedom"
+        yield f"The budgets lie farther from that law than their noise allows (χ² of {shown}): its limit is to be read with doubt."
     for told in map(law.prediction, law.held_out):
         yield f"At {told.budget.ratio:.3g} tokens per parameter of {count(told.budget.parameters)}, which the law did not see, it says {_shown(told.predicted, unit)}; {_verdict(told)}."
 
@@ -211,7 +214,7 @@ def _values(found: _Found) -> dict[str, Any]:
     values: dict[str, Any] = {"variant": found.name, "label": found.label, "measured": measured, "law": None}
     if law is not None:
         values["law"] = {
-            "seeds": list(law.seeds), "exponent": _estimate(law.exponent), "is_pinned": law.is_pinned, "has_size": law.has_size,
+            "seeds": list(law.seeds), "exponent": _estimate(law.exponent), "is_pinned": law.is_pinned, "is_misfit": law.is_misfit, "has_size": law.has_size,
             "coefficients": law.coefficients[:, 0].tolist(), "chi_squared": law.chi_squared, "degrees": law.degrees,
             "criterion": float(law.criterion), "other_criterion": float(law.other_criterion),
             "limits": [

@@ -36,6 +36,7 @@ Array = NDArray[np.float64]
 EXPONENTS = np.geomspace(0.1, 2.0, 100)
 SAME_RATIO = 0.8  # steps are whole, so one ratio is not quite the same for all sizes
 MIN_POINTS = 5
+MISFIT = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,11 @@ class Law:
     def is_pinned(self) -> bool:
         """Whether β is at an end of its range: the points do not say how fast the difference settles."""
         return not EXPONENTS[0] * 1.001 < self.exponents[0] < EXPONENTS[-1] * 0.999
+
+    @property
+    def is_misfit(self) -> bool:
+        """Whether the budgets lie farther from the law than their noise allows: a χ² that chance gives less than once in a hundred."""
+        return bool(stats.chi2.sf(self.chi_squared, self.degrees) < MISFIT)
 
     @property
     def largest(self) -> float:
