@@ -9,7 +9,8 @@ are; a block ``<!-- benchmark: NAME -->`` holds the rows of ``docs/results/NAME.
 ``<!-- pairs: NAME -->`` the differences of all pairs that are equal in something, both for the first task of ``docs/results/NAME``. ``<!-- question: NAME -->``
 and ``<!-- plane: NAME -->`` are what the map ``docs/results/NAME/plane.json`` says of the tie that was asked about, and the map itself. ``<!-- parts: NAME -->`` holds the pictures and sentences
 of what the report says of several tasks together, ``<!-- answers: NAME -->`` what it says first of each task by itself, with its controls, ``<!-- scores: NAME -->`` every score with its chance level, and
-``<!-- harness: NAME -->`` what ``twofold harness --json`` printed into ``docs/results/NAME-harness.json``. A test
+``<!-- harness: NAME -->`` what ``twofold harness --json`` printed into ``docs/results/NAME-harness.json``. ``<!-- geometry: NAME -->`` and
+``<!-- published: NAME -->`` are the measures that ``twofold geometry --json`` printed into ``docs/results/geometry/NAME.json``, and published figures beside them. A test
 fails where a page says anything else than the files.
 """
 
@@ -31,7 +32,8 @@ NOT_RUN = "*Not run yet: no result of this study is kept.*"
 HIGHEST_CLIFFS = 5
 QUANTITIES = {"flops": "operations of training"}
 BLOCK = re.compile(
-    r"(<!-- (?P<kind>results?|benchmark|goals|choice|pairs|question|plane|parts|answers|scores|harness)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- (?P<kind>results?|benchmark|goals|choice|pairs|question|plane|parts|answers|scores|harness|geometry|published)(?:: (?P<name>\S+))? -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -53,6 +55,8 @@ def quoted(page: Path, root: Path = ROOT) -> str:
             lines = (_parts if found["kind"] == "parts" else _answers)(page, root, found["name"])
         elif found["kind"] in ("scores", "harness"):
             lines = _scores(page, root, found["name"]) if found["kind"] == "scores" else _harness(root, found["name"])
+        elif found["kind"] in ("geometry", "published"):
+            lines = (_geometry if found["kind"] == "geometry" else _published)(root, found["name"])
         elif found["kind"] in ("choice", "pairs"):
             lines = (_choice if found["kind"] == "choice" else _pairs)(root, found["name"])
         else:
@@ -288,6 +292,61 @@ def _harness(root: Path, name: str) -> Iterator[str]:
             "At chance: no information" if row["at_chance"] else "",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _geometry(root: Path, name: str) -> Iterator[str]:
+    """Every measure of a model, beside random matrices and the model untrained."""
+    found = _measured(root, name)
+    if found is None:
+        yield NOT_RUN
+        return
+    yield "| measure | here | least to most | random: mean and 95% range | outside it | untrained |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    for row in found["measures"]:
+        between, outside = _between(row["random"]), f"{row['outside']} of {row['of']}"
+        if row["given_by_the_tie"] or not row["random"]["draws"]:
+            between, outside = "the same, by the tie" if row["given_by_the_tie"] else "", ""
+        cells = [
+            _plain(row["name"]),
+            _two(row["mean"]),
+            f"{_two(row['low'])} to {_two(row['high'])}",
+            between,
+            outside,
+            _two(row["untrained"]),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _published(root: Path, name: str) -> Iterator[str]:
+    """Figures that were published, and whether they come out."""
+    found = _measured(root, name)
+    if found is None:
+        yield NOT_RUN
+        return
+    yield "| figure | published | here | random: mean and 95% range | |"
+    yield "|---|--:|--:|--:|---|"
+    for one in found["published"]:
+        random = {key: one[f"random_{key}"] for key in ("mean", "low", "high")}
+        later = ", later" if one["later"] else ""
+        yield (
+            f"| {_plain(one['name'])}{later} | {one['published']} ({_two(one['published_value'])}) | {_two(one['here'])} | "
+            f"{_between(random)} | {_plain(one['sentence'])} |"
+        )
+
+
+def _measured(root: Path, name: str) -> dict[str, Any] | None:
+    path = root / RESULTS / "geometry" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _between(random: dict[str, Any]) -> str:
+    return rf"{_two(random['mean'])} \[{_two(random['low'])}, {_two(random['high'])}\]"
+
+
+def _two(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
 
 
 def _link(page: Path, root: Path, name: str) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner, Result
 
+from docs_pages import ROOT
 from twofold import TwofoldConfig, TwofoldForCausalLM, TwofoldForTokenClassification
-from twofold.cli import app
+from twofold.cli import COMMANDS, app
 from twofold.errors import TwofoldError
 from twofold.geometry import Question, others, ours, see
 from twofold.geometry import open_model as open_it
@@ -238,7 +241,7 @@ class Said:
             0.1,
             False,
             False,
-            "Does not come out: higher than for random projections, but not the published value.",
+            "Does not come out: it is more than random projections give, and not what was published.",
         ),
         (
             -0.4,
@@ -246,7 +249,15 @@ class Said:
             0.1,
             False,
             False,
-            "Does not come out: lower than for random projections, but not the published value.",
+            "Does not come out: it is less than random projections give, and not what was published.",
+        ),
+        (
+            0.56,
+            0.66,
+            0.85,
+            False,
+            False,
+            "Does not come out: it is less than random projections give, which give what was published.",
         ),
         (1.00, 1.0, 1.0, True, None, "Not asked: this model's tie makes it 1.00."),
     ],
@@ -395,6 +406,59 @@ def test_the_page_opens_with_a_query_that_looks_at_something(saved):
     assert (layer, head) in found.heads
     assert token >= 12
     assert "query" in picture(found)
+
+
+def test_a_page_of_a_run_says_how_it_was_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text(TEXT * 100)
+    training = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--option",
+        "path=words.txt",
+        "--option",
+        "context=32",
+        "--layers",
+        "1",
+    ]
+    done = CliRunner().invoke(app, ["train", "--task", "text", *training, "--folder", "runs/words", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(invoke("runs/words", *FAST, "--json").stdout)
+    assert told["model"]["name"] == "words"
+    assert told["run"]["training"]["steps"] == 2
+    outcome = json.loads(Path("runs/words/outcome.json").read_text())
+    assert told["run"]["data_hash"] == outcome["data_hash"]
+    assert told["command"].startswith("twofold geometry runs/words --shown 16")
+    page = Path("geometry.html").read_text()
+    assert outcome["data_hash"] in page
+    assert "2 steps of 2 examples of text, seed 0" in page
+
+
+def test_measures_are_quoted_as_they_were_printed(saved, tmp_path):
+    quote = runpy.run_path(str(ROOT / "docs" / "quote.py"))
+    page, kept = tmp_path / "docs" / "geometry.md", tmp_path / "docs" / "results" / "geometry"
+    kept.mkdir(parents=True)
+    page.write_text(
+        "<!-- geometry: tied -->\nold\n<!-- end -->\n<!-- published: tied -->\nold\n<!-- end -->\n<!-- geometry: none -->\n<!-- end -->\n"
+    )
+    told = invoke(str(saved / "tied"), *FAST, "--output", str(tmp_path / "page.html"), "--json").stdout
+    (kept / "tied.json").write_text(told)
+    text = quote["quoted"](page, tmp_path)
+    assert "old" not in text
+    assert text.endswith(f"<!-- geometry: none -->\n{quote['NOT_RUN']}\n<!-- end -->\n")
+    assert "| cos(K, V) | 1.00 | 1.00 to 1.00 | the same, by the tie |  | 1.00 |" in text
+    assert "| cos(K, V) | 0.73 (0.73) | 1.00 | " in text
+    entropy = next(row for row in json.loads(told)["measures"] if row["key"] == "entropy")
+    assert f"| attention entropy | {entropy['mean']:.2f} | {entropy['low']:.2f} to {entropy['high']:.2f} |" in text
+
+
+def test_what_is_usual_is_said_in_one_place():
+    """The options' defaults are the question's: a page's command leaves out what is as usual."""
+    options, usual = inspect.signature(COMMANDS["geometry"].command).parameters, Question(text="")
+    for name in ("shown", "tokens", "context", "draws", "seed"):
+        assert options[name].default == getattr(usual, name), name
 
 
 def mistakes(base: Path) -> dict[str, tuple[list[str], str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +15,11 @@ from rich.text import Text
 from twofold.cli.examples import Example
 from twofold.cli.fitting import Device, computing_on
 from twofold.cli.output import Json, show, show_json
-from twofold.cli.run_folder import RUN_FILE, model_folder
+from twofold.cli.run_folder import RUN_FILE, model_folder, read_run
 from twofold.errors import TwofoldError
 from twofold.lazy import Lazy
 from twofold.picture import LABEL
-from twofold.storage import write_text, writing
+from twofold.storage import read_json, write_text, writing
 
 if TYPE_CHECKING:
     from twofold import geometry
@@ -89,9 +90,8 @@ def command(
             draws=draws,
             seed=seed,
         )
-        found = geometry.see(
-            geometry.open_model(_folder(model), name=model.expanduser().resolve().name, device=place), question
-        )
+        opened = geometry.open_model(_folder(model), name=model.expanduser().resolve().name, device=place)
+        found = geometry.see(replace(opened, run=_run(model)), question)
         made_by = _made_by(model, question, text=text, file=file, output=output)
         files = {output: page.html(found, made_by)} | ({picture: page.picture(found)} if picture else {})
     for path, content in files.items():
@@ -108,6 +108,16 @@ def command(
 def _folder(model: Path) -> Path:
     model = model.expanduser()
     return model_folder(model) if (model / RUN_FILE).is_file() else model
+
+
+def _run(model: Path) -> dict[str, Any]:
+    """How a run's model was trained; empty for a model that is no run's."""
+    folder = model.expanduser()
+    if not (folder / RUN_FILE).is_file():
+        return {}
+    outcome = read_json(folder / "outcome.json")
+    kept = {name: outcome.get(name, "") for name in ("data_hash", "data_order", "tokens")}
+    return read_run(folder).to_dict() | {"scores": outcome.get("scores", {})} | kept
 
 
 def _text(text: str, file: Path | None) -> str:

@@ -97,6 +97,7 @@ class Geometry:
                 "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
                 "weights_sha256": model.digest,
             },
+            "run": dict(model.run),
             "text": {
                 "sha256": hashlib.sha256(self.question.text.encode()).hexdigest(),
                 "tokens": len(self.tokens),

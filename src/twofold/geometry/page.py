@@ -160,6 +160,7 @@ def _facts(geometry: Geometry, told: dict[str, Any]) -> list[tuple[str, str]]:
     layers = geometry.layers
     heads = f"{layers[0].query.shape[0]} query and {layers[0].key.shape[0]} KV heads of {layers[0].query.shape[2]}"
     return [
+        *_trained(geometry),
         ("Model", f"{model['name']} ({model['class']}, {model['parameters']:,} parameters)"),
         (
             "Layers measured",
@@ -172,6 +173,21 @@ def _facts(geometry: Geometry, told: dict[str, Any]) -> list[tuple[str, str]]:
         ("Text, SHA-256", text["sha256"]),
         ("Versions", ", ".join(f"{name} {version}" for name, version in told["versions"].items())),
     ]
+
+
+def _trained(geometry: Geometry) -> list[tuple[str, str]]:
+    """How the model was trained, where that is known."""
+    run = geometry.opened.run
+    if not run:
+        return []
+    training, scores = (
+        run["training"],
+        ", ".join(f"{name.replace('_', ' ')} {number(value, 3)}" for name, value in run["scores"].items()),
+    )
+    steps = (
+        f"{training['steps']:,} steps of {training['batch_size']} examples of {run['task']['name']}, seed {run['seed']}"
+    )
+    return [("Trained", f"{steps}; held out: {scores}"), ("Data, SHA-256", run["data_hash"])]
 
 
 def _script_safe(text: str) -> str:

@@ -6,7 +6,6 @@ weights and activations. Neither says over what exactly it is a mean; here it is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +86,10 @@ def _verdict(figure: Figure, row: Row) -> Verdict:
     elif comes_out:
         sentence = "Comes out, and random projections do not give it."
     else:
-        sentence = f"Does not come out: {_side(here, random.mean)} for random projections, but not the published value."
+        sentence = f"Does not come out: it is {'more' if here > random.mean else 'less'} than random projections give"
+        sentence += (
+            ", which give what was published." if random.holds(figure.value) else ", and not what was published."
+        )
     return Verdict(
         figure=figure,
         here=here,
@@ -98,9 +100,3 @@ def _verdict(figure: Figure, row: Row) -> Verdict:
         is_random=is_random,
         sentence=sentence,
     )
-
-
-def _side(here: float, random: float) -> str:
-    if math.isnan(random):
-        return "unlike"
-    return "higher than" if here > random else "lower than"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ MAX_LAYERS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A model in evaluation mode; ``is_ours`` tells a Twofold model, ``digest`` is the SHA-256 of its weight files."""
+    """A model in evaluation mode; ``is_ours`` tells a Twofold model, ``digest`` is the SHA-256 of its weight files.
+
+    ``run`` says how it was trained, where that is known: the settings and the outcome of a run, JSON-ready.
+    """
 
     model: PreTrainedModel
     codec: Codec
@@ -39,6 +42,7 @@ class Opened:
     num_layers: int
     max_tokens: int
     digest: str
+    run: Mapping[str, Any] = field(default_factory=dict)
 
     def layers(self, asked: Sequence[int] = ()) -> list[int]:
         """The layers to measure. Raises TwofoldError for one that there is not."""
