@@ -121,6 +121,13 @@ def test_the_card_says_what_the_tie_costs(name: str, tmp_path: Path):
     assert "twofold" in data.tags
 
 
+@pytest.mark.parametrize("scheme", POSITIONS)
+def test_a_tied_model_of_any_positions_is_saved_with_its_card(scheme: str, tmp_path: Path):
+    spec = LLAMA.with_changes(tie="(Q, K=V)", positions=POSITIONS[scheme])
+    saved(tmp_path, spec)
+    assert f"| {spec.ordinary.tie}, the same heads | this model |" in readme(tmp_path)
+
+
 def test_the_cards_cache_is_in_the_models_own_dtype(tmp_path: Path):
     with without_bars():
         drawn_model(LLAMA).to(torch.bfloat16).save_pretrained(tmp_path)

@@ -198,6 +198,11 @@ class ModelSpec:
         """The ties in text, and the latent where there is one."""
         return f"{self.tie}, latent of {self.latent_dim}" if self.latent_dim else str(self.tie)
 
+    @property
+    def ordinary(self) -> Self:
+        """(Q, K, V) with the same heads and, as far as they go without a tie, the same positions: what the costs of a tie stand beside."""
+        return self.with_changes(tie="(Q, K, V)", positions=self.positions.without_tie(), latent_dim=0)
+
     def with_changes(self, **changes: Any) -> Self:
         """The same model with some fields replaced; everything is checked again."""
         unknown = set(changes) - {f.name for f in fields(self)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -198,9 +198,7 @@ def _ending(tokens: list[int], ends: list[int], wanted: int, asked: int) -> str:
 
 def _held(cache: TiedCache, model: TwofoldForCausalLM, held: CacheSpec, kind: str) -> HeldCache:
     spec, tokens = model.config.spec, int(cache.get_seq_length())
-    positions = replace(spec.positions, rotate="read") if spec.positions.turns_stream else spec.positions  # type: ignore[call-arg]
-    ordinary = spec.with_changes(tie="(Q, K, V)", positions=positions)
-    reference = cache_bytes(ordinary, tokens, DTYPES[model.dtype], 1, held)
+    reference = cache_bytes(spec.ordinary, tokens, DTYPES[model.dtype], 1, held)
     return HeldCache(kind=kind, bits=held.bits, tokens=tokens, nbytes=cache.nbytes, reference_bytes=reference)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -64,13 +63,9 @@ def card_text(spec: ModelSpec, *, dtype: str, tags: Collection[str] = (), name: 
 
 def _table(spec: ModelSpec, dtype: str) -> str:
     """Rows of Markdown: (Q, K, V) with the same heads, this model, and the change."""
-    positions = spec.positions
-    if positions.turns_stream:  # which only a key that is the value can have
-        positions = replace(positions, rotate="read")  # type: ignore[call-arg]
-    limit = positions.max_positions
+    limit = spec.positions.max_positions
     tokens = min(TOKENS, limit) if limit and spec.architecture == "causal_lm" else TOKENS
-    reference = spec.with_changes(tie=REFERENCE, positions=positions, latent_dim=0)
-    costs = [cost_of(model, tokens=tokens, dtype=dtype) for model in (reference, spec)]
+    costs = [cost_of(model, tokens=tokens, dtype=dtype) for model in (spec.ordinary, spec)]
     rows = zip(_rows(costs[0], spec, dtype), _rows(costs[1], spec, dtype), strict=True)
     lines = [
         f"| {label} | {old_text} | {text} | {change_text(number, old_number)} |"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from twofold.errors import TwofoldError
 from twofold.positions.scheme import PositionScheme
@@ -49,6 +49,10 @@ class RotaryPositions(PositionScheme):
     def turns_stream(self) -> bool:
         """Whether ``rotate`` is stream."""
         return self.rotate == "stream"
+
+    def without_tie(self) -> Self:
+        """Keys that are turned when they are read: only a key that is the value can turn with it."""
+        return replace(self, rotate="read")
 
     def check(self, *, head_dim: int, value_over_key: Fraction | None) -> None:
         """The number of dimensions that turn must be even, and only a stream that is key and value can be turned as one."""

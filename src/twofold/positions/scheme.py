@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +49,10 @@ class PositionScheme:
     def turns_heads(self) -> bool:
         """Whether the scheme turns queries and keys themselves, by :meth:`angles`."""
         return type(self).angles is not PositionScheme.angles
+
+    def without_tie(self) -> Self:
+        """The same for a layer whose keys and values have nothing in common."""
+        return self
 
     def check(self, *, head_dim: int, value_over_key: Fraction | None) -> None:
         """Raise TwofoldError if the scheme cannot serve such a layer."""

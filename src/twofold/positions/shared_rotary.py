@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from twofold.errors import TwofoldError
 from twofold.positions.rotary import rotary_angles
@@ -41,6 +41,10 @@ class SharedRotaryPositions(PositionScheme):
     def compared_dims(self, head_dim: int) -> int:
         """``key_dim``, if it is set."""
         return self.key_dim or head_dim
+
+    def without_tie(self) -> Self:
+        """All dimensions are compared: none is the value's alone."""
+        return replace(self, key_dim=0)
 
     def check(self, *, head_dim: int, value_over_key: Fraction | None) -> None:
         """Raise TwofoldError if the scheme cannot serve such a layer."""
