@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from docs_pages import ROOT, check_understood, commands
-from study_fixture import PLAN, write_study
+from study_fixture import PLAN, set_loss, write_later_runs, write_study
 from twofold import claims, report
 from twofold.claims import Kept, controls, page, wording
 from twofold.claims.claim import TOPICS, Claim, CountedEvidence, RowEvidence, Rule, StudyEvidence, ValueEvidence, parse
@@ -242,6 +242,27 @@ def test_the_points_of_a_grid_that_is_shown_together(kept: tuple[Kept, Results])
     here, there = ({seed: a[seed] - b[seed] for seed in a} for a, b in ((own, reference), tuple(before)))
     assert growth.shown.low == pytest.approx(paired_difference(here, there).low)
     assert growth.what.endswith("minus that on bytes-T1")
+
+
+def test_of_a_tuned_axis_a_variant_is_read_at_its_chosen_point(tmp_path: Path):
+    points = [{"name": f"lr{rate}", "training": {"learning_rate": rate}} for rate in (0.001, 0.002, 0.004)]
+    rates = {"name": "learning rate", "tune": True, "points": points}
+    write_study(tmp_path / "s", complete=True, plan={**PLAN, "name": "s", "grid": [rates]})
+    # A point at which two variants are not chosen alike; else the test would not tell points apart.
+    set_loss(tmp_path / "s", "bytes-lr0.001/kv-tied/seed-0", 0.1)
+    set_loss(tmp_path / "s", "bytes-lr0.004/qk-tied/seed-0", 0.1)
+    write_later_runs(tmp_path / "s")
+    report.write(tmp_path / "s")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "s" / "report").rename(tmp_path / "results" / "s")
+    results = Results.load(tmp_path / "s")
+    chosen = {variant: choice.task for (setting, variant), choice in results.choices.items() if setting == "bytes"}
+    assert (chosen["kv-tied"], chosen["qk-tied"]) == ("bytes-lr0.001", "bytes-lr0.004")
+    own, other = (results.by_seed(str(chosen[name]), name, "bits_per_byte") for name in ("qk-tied", "kv-tied"))
+    wanted = paired_difference(own, other)
+    assert wanted.n == 3
+    found = only(Kept(tmp_path / "results"), study="s", section="bytes", variant="qk-tied", against="kv-tied").shown
+    assert (found.low, found.high, found.n) == pytest.approx((wanted.low, wanted.high, 3))
 
 
 @pytest.mark.parametrize(

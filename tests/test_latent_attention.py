@@ -21,6 +21,7 @@ from twofold.cost import cache_bytes, cached_floats_per_token, decode_flops_per_
 from twofold.errors import TwofoldError
 from twofold.estimate import Question, estimate_spec
 from twofold.explain import explain, latent_note
+from twofold.geometry.ours import sources
 from twofold.kernels import BACKENDS, Inputs, attend
 from twofold.latent_attention import LatentAttention, attention_layer, decoding_problem
 from twofold.layouts import convert
@@ -262,5 +263,7 @@ def test_other_layouts_and_parts_of_a_latent_are_refused():
         convert(weights, LATENT, source="free", target="roles")
     with pytest.raises(TwofoldError, match="read one latent"):
         check_tensor_parallel(MODEL, 2)
+    with pytest.raises(TwofoldError, match="attends by LatentAttention"):
+        sources(drawn_model(MODEL), [0])
     with pytest.raises(TwofoldError, match="latent_dim is"):
         MODEL.with_changes(latent_dim=1.5)

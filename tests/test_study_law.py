@@ -177,7 +177,7 @@ def test_intervals_of_limit_and_prediction_cover_what_they_say(slope):
         hits["limit"] += own.low <= wanted <= own.high
         hits["held out"] += found.prediction(found.held_out[0]).is_inside
     assert hits["limit"] >= 0.9 * trials, hits
-    assert hits["held out"] >= 0.88 * trials, hits
+    assert hits["held out"] >= 0.9 * trials, hits
 
 
 def test_the_range_of_exponents_is_the_one_that_is_told():

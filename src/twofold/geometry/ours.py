@@ -46,7 +46,7 @@ class OwnLayer(Source):
     """One layer; the weights of roles that follow from others are the tie's combinations of the free ones."""
 
     def __init__(self, index: int, attention: nn.Module) -> None:
-        if not isinstance(attention, Attention):
+        if not isinstance(attention, Attention) or attention.spec.latent_dim:
             raise TwofoldError(
                 f"Layer {index} attends by {type(attention).__name__}, whose keys and values are not linear in the layer's input: "
                 "its geometry is not shown."

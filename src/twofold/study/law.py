@@ -137,19 +137,20 @@ class Law:
     def prediction(self, budget: Budget) -> Prediction:
         """A budget's mean over seeds beside what the law says of it.
 
-        The interval is that of observation minus law over the resamples, so it holds the noise of both, and what they share.
+        The interval is for observation minus law over the resamples, so it holds the noise of both, and what they share. It is Student's
+        t times the bootstrap's standard error: of a mean of few seeds that is wide enough, where percentiles end at the most extreme seed.
         """
         values = self._values(budget.parameters, budget.ratio)
         differences = np.array([budget.differences[seed] for seed in self.seeds])
-        means = np.array([differences.mean(), *differences[self.draws].mean(axis=1)])
-        error = self._estimate(means - values)
-        centre = float(values[0])
+        observed, centre, n = float(differences.mean()), float(values[0]), len(self.seeds)
+        half = math.nan
+        if n > 1:
+            errors = differences[self.draws].mean(axis=1) - values[1:]
+            half = float(stats.t.ppf(0.975, n - 1) * math.sqrt(n / (n - 1)) * errors.std())
         return Prediction(
             budget=budget,
-            predicted=Estimate(
-                value=centre, low=centre + error.low - error.value, high=centre + error.high - error.value
-            ),
-            observed=float(means[0]),
+            predicted=Estimate(value=centre, low=centre - half, high=centre + half),
+            observed=observed,
         )
 
     def _values(self, parameters: float, ratio: float) -> Array:
