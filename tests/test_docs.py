@@ -284,7 +284,9 @@ def test_parts_and_answers_are_quoted_and_what_was_not_run_says_so(house: Path):
     page.write_text("".join(f"<!-- {kind}: {name} -->\nstale\n<!-- end -->\n" for kind in ("parts", "answers") for name in ("synthetic", "nowhere")))  # fmt: skip
     path = house / "docs" / "results" / "synthetic" / "report.json"
     kept = path.read_text()
-    path.write_text(json.dumps(json.loads(kept) | {"parts": [{"name": "law", "title": "A law", "sentences": ["It is [0, 1]."]}]}))
+    path.write_text(
+        json.dumps(json.loads(kept) | {"parts": [{"name": "law", "title": "A law", "sentences": ["It is [0, 1]."]}]})
+    )
     of_parts, no_parts, answers, no_answers = QUOTE["quoted"](page, house).split("<!-- end -->\n")[:4]
     path.write_text(kept)
     assert "[![A law](results/synthetic/law.svg)](results/synthetic/report.md)\n\n- It is \\[0, 1\\].\n" in of_parts

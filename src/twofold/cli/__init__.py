@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from twofold._version import __version__
-from twofold.cli import claims, doctor, estimate, evaluate, explain, export, generate, geometry, halve, harness, study, train
+from twofold.cli import (
+    claims,
+    doctor,
+    estimate,
+    evaluate,
+    explain,
+    export,
+    generate,
+    geometry,
+    halve,
+    harness,
+    study,
+    train,
+)
 from twofold.cli.commands import Commands
 from twofold.cli.examples import epilog
 from twofold.cli.study import overview, report, run
