@@ -314,11 +314,11 @@ def test_a_benchmark_is_quoted_with_what_was_not_met(house: Path):
 
 
 def test_the_first_screen_has_its_picture():
-    quoted = re.search(r"<!-- result: laptop -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    quoted = re.search(r"<!-- result: frontier -->\n(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.DOTALL)
     assert quoted
-    if not (ROOT / "docs" / "results" / "laptop" / "report.json").exists():
-        pytest.skip("no result of the laptop study is kept in docs/results yet")
-    assert "(docs/results/laptop/frontier.svg)" in quoted[1]
+    if not (ROOT / "docs" / "results" / "frontier" / "report.json").exists():
+        pytest.skip("no result of the frontier study is kept in docs/results yet")
+    assert "(docs/results/frontier/frontier.svg)" in quoted[1]
 
 
 # Pages and links

@@ -57,7 +57,7 @@ model = { tie = "(Q, K=V)" }
 [[tasks]]
 name = "follows"
 task = "deduction"
-options = { train_size = 2_000, held_out_size = 30, chain = 2, max_steps = 1, letters = 4 }
+options = { train_size = 2_000, held_out_size = 30, chain = 2, max_steps = 1, letters = 5 }
 [[tasks]]
 name = "reverse"
 task = "reverse"

@@ -17,13 +17,14 @@ from twofold.cli.fitting import Device, computing_on
 from twofold.cli.output import Json, show, show_json
 from twofold.lazy import Lazy
 from twofold.picture import LABEL, QUIET, bytes_text, change_text
-from twofold.report.halving import halving_picture
 from twofold.storage import write_text
 
 if TYPE_CHECKING:
     from twofold.existing import halving, loading
+    from twofold.report import halving as drawing
 else:
     halving, loading = Lazy("twofold.existing.halving"), Lazy("twofold.existing.loading")
+    drawing = Lazy("twofold.report.halving")
 
 EXAMPLES = (
     Example(command="twofold halve ~/models/gemma-4-12b", purpose="Which layers keep one tensor, and what that saves."),
@@ -86,7 +87,9 @@ def command(
         else:
             report = halving.halve(loaded, keep=keep, max_error=max_error)
     if picture is not None:
-        drawn = halving_picture(report.layers, model=report.model, tokens=lengths[-1], width=report.dtype.itemsize)
+        drawn = drawing.halving_picture(
+            report.layers, model=report.model, tokens=lengths[-1], width=report.dtype.itemsize
+        )
         write_text(picture, drawn)
     if as_json:
         show_json(_values(model, report, lengths, trial))

@@ -15,19 +15,21 @@ from twofold.cli.fitting import Device, computing_on
 from twofold.cli.output import Json, show, show_json
 from twofold.errors import TwofoldError
 from twofold.lazy import Lazy
-from twofold.study.plan import StudyPlan
-from twofold.study.results import Results
 
 if TYPE_CHECKING:
     from twofold import models
     from twofold.generation import codec
     from twofold.harness import comparison, questions, scoring, tokenizer
     from twofold.report import evidence, numbers
+    from twofold.study import results as kept
+    from twofold.study.plan import StudyPlan
+    from twofold.study.results import Results
 else:
     models, codec = Lazy("twofold.models"), Lazy("twofold.generation.codec")
     comparison, questions = Lazy("twofold.harness.comparison"), Lazy("twofold.harness.questions")
     scoring, tokenizer = Lazy("twofold.harness.scoring"), Lazy("twofold.harness.tokenizer")
     evidence, numbers = Lazy("twofold.report.evidence"), Lazy("twofold.report.numbers")
+    kept = Lazy("twofold.study.results")
 
 EXAMPLES = (
     Example(
@@ -64,7 +66,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Score the models of a study with lm-evaluation-harness: chance, standard error and power beside every number."""
-    results = Results.load(folder)
+    results = kept.Results.load(folder)
     chosen = _chosen(results, only)
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     asked = _given(names, include, chosen) if names else _own(results.plan, folder / FOLDER, chosen)

@@ -75,8 +75,7 @@ def command(
 ) -> None:
     """Run a study, and write its report as runs end. The same command again goes on where it was stopped."""
     plan = plans.load_plan(study)
-    place = folder or Path("studies") / plan.name
-    page: list[Path] = []
+    place, page = folder or Path("studies") / plan.name, list[Path]()
 
     def write_report() -> None:
         page[:] = report.write(place)
@@ -101,7 +100,7 @@ def command(
             | {"folder": str(place), "page": str(page[0]), "files": [str(path) for path in page]}
         )
     else:
-        failed = f", {last.failed} failed" if last.failed else ""
+        failed = f", {last.failed} failed" * bool(last.failed)
         typer.echo(f"{last.done} of {last.total} runs done{failed}, in {time_text(last.seconds_elapsed)}.")
         typer.echo(f"Report: {page[0]}")
     if last.failed:
