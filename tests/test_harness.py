@@ -46,7 +46,7 @@ head_dim = 8
 intermediate_size = 32
 positions = { kind = "rotary", rotate = "read" }
 [training]
-steps = 40
+steps = 250
 batch_size = 16
 learning_rate = 0.01
 [[variants]]
