@@ -319,6 +319,24 @@ def test_rows_and_values(tmp_path: Path):
     assert isinstance(value("laws", "kv", "limits", "7"), Missing)
 
 
+def test_a_value_that_its_own_file_doubts_decides_nothing(tmp_path: Path):
+    law = {"limit": {"value": 0.7, "low": 0.6, "high": 0.8}, "is_pinned": True, "is_misfit": False}
+    doubts = [
+        {"at": ("is_pinned",), "says": "a guess"},
+        {"at": ("is_misfit",), "says": "no fit"},
+        {"at": ("no", "way"), "says": "?"},
+    ]
+    one = claim(
+        ValueEvidence(file="l.json", at=("limit",), what="x", command="c", above=0, doubts=doubts), topic="scale"
+    )  # type: ignore[arg-type]
+    (tmp_path / "l.json").write_text(json.dumps(law))
+    judgement = claims.judge(one, Kept(tmp_path))
+    assert (judgement.verdict, judgement.checks[0].measured.doubt) == ("undecided", "a guess")
+    assert "| undecided: a guess |" in page.text([judgement], Kept(tmp_path), tmp_path / "claims.md")
+    (tmp_path / "l.json").write_text(json.dumps(law | {"is_pinned": False}))
+    assert claims.judge(one, Kept(tmp_path)).verdict == "confirmed at this scale"
+
+
 def test_what_follows_from_sizes_is_counted():
     half = CountedEvidence(preset="paper-300m", model={"tie": "(Q, K=V)"}, against={}, quantity="cache bytes", below=1)
     assert counted(half)[1:] == (0.5, "ratio")
@@ -343,6 +361,19 @@ def test_controls_are_counted_over_all_studies(kept: tuple[Kept, Results]):
     text = page.text([], kept[0], Path("claims.md"))
     held = sum(control.holds for control in found if control.outcome == "same")
     assert f"{held} of 1 intervals straddle zero" in text
+
+
+def test_a_result_beside_a_control_that_failed_says_so(kept: tuple[Kept, Results], tmp_path: Path):
+    folder, _ = kept
+    report_values = json.loads((folder.folder / "grid" / "report.json").read_text())
+    (tmp_path / "grid").mkdir()
+    for came_out, words in ((False, "not as promised on Bytes of source text: the control"), (True, "")):
+        for control in report_values["sections"][0]["controls"]:
+            control["came_out"] = came_out
+        (tmp_path / "grid" / "report.json").write_text(json.dumps(report_values))
+        caution = only(Kept(tmp_path), study="grid", section="bytes", variant="kv-tied").origin.caution
+        assert caution.startswith(words)
+        assert bool(caution) == bool(words)
 
 
 def test_how_likely_so_few_negative_controls_are():

@@ -105,10 +105,18 @@ class RowEvidence(Rule):
         return f"python benchmarks/{self.benchmark}.py --json > docs/results/{self.benchmark}.json"
 
 
+class Doubt(_Strict):
+    """Something true in the file of a value because of which it decides nothing; ``says`` is why."""
+
+    at: tuple[str, ...]
+    says: str
+
+
 class ValueEvidence(Rule):
     """A value in any JSON file among the results: a number, or an object with ``mean`` or ``value``, ``low``, ``high`` and perhaps ``n``.
 
-    ``at`` leads to it: keys of objects, and in lists the ``name``, ``variant`` or place (``0``, ``-1``) of an item.
+    ``at`` leads to it: keys of objects, and in lists the ``name``, ``variant`` or place (``0``, ``-1``) of an item. Where one of ``doubts`` is
+    true, the value is shown and decides nothing.
     """
 
     file: str
@@ -116,6 +124,7 @@ class ValueEvidence(Rule):
     what: str
     unit: str = ""
     is_difference: bool = True
+    doubts: tuple[Doubt, ...] = ()
     command: str
 
 

@@ -9,6 +9,7 @@ NAME.json
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -90,8 +91,7 @@ class Kept:
         value = self._read(evidence.file)
         if value is None:
             return Missing(reason=f"{evidence.file} is not kept")
-        for key in evidence.at:
-            value = _item(value, key)
+        whole, value = value, _at(value, evidence.at)
         if value is None:
             return Missing(reason=f"{evidence.file} has no {'.'.join(evidence.at)}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -104,12 +104,12 @@ class Kept:
             ) from None
         study, _, name = evidence.file.partition("/")
         report = self.report(study) if name == REPORT else None
-        origin = report.origin([]) if report else self._origin(evidence.command, evidence.file)
-        return (
-            Measured(
-                what=evidence.what, shown=shown, unit=evidence.unit, origin=origin, is_difference=evidence.is_difference
-            ),
+        origin = report.origin() if report else self._origin(evidence.command, evidence.file)
+        doubts = "; ".join(doubt.says for doubt in evidence.doubts if _at(whole, doubt.at) is True)
+        measured = Measured(
+            what=evidence.what, shown=shown, unit=evidence.unit, origin=origin, is_difference=evidence.is_difference
         )
+        return (replace(measured, doubt=doubts),)
 
     def _once(self, what: str, value: float, unit: str, command: str, file: str) -> Measured:
         origin = self._origin(command, file)
@@ -148,6 +148,13 @@ class Kept:
                 raise TwofoldError(f"{path} has no column {min(missing)}: make the report again.")
             self._runs[study] = runs
         return self._runs[study]
+
+
+def _at(value: Any, keys: tuple[str, ...]) -> Any:
+    """What a way of keys leads to; None where it leads nowhere."""
+    for key in keys:
+        value = _item(value, key)
+    return value
 
 
 def _item(value: Any, key: str) -> Any:

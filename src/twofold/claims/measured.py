@@ -12,7 +12,10 @@ from twofold.study.statistics import Interval
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a result came from. ``page`` is what a reader opens, relative to the folder of results; ``digest`` is of the file that was read."""
+    """Where a result came from. ``page`` is what a reader opens, relative to the folder of results; ``digest`` is of the file that was read.
+
+    ``state`` says how far an unfinished study is, ``caution`` which of its controls on this task did not come out as promised.
+    """
 
     command: str
     page: str = ""
@@ -21,11 +24,15 @@ class Origin:
     data: str = ""
     machine: str = ""
     state: str = ""
+    caution: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One result: ``what`` in words, the mean with its interval, and its unit. ``is_exact``: counted or measured once, so without chance."""
+    """One result: ``what`` in words, the mean with its interval, and its unit. ``is_exact``: counted or measured once, so without chance.
+
+    ``doubt`` is why it decides nothing, if it does not.
+    """
 
     what: str
     shown: Interval
@@ -33,6 +40,7 @@ class Measured:
     origin: Origin
     is_exact: bool = False
     is_difference: bool = True
+    doubt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

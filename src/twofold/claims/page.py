@@ -19,7 +19,7 @@ ASKED = {"paper": "paper", "authors later": "its authors, later", "readers": "it
 MEANING: dict[Verdict, str] = {
     "confirmed at this scale": "every result satisfies its rule with the whole of its 95% interval",
     "refuted at this scale": "every result contradicts its rule with the whole of its 95% interval",
-    "mixed": "the results do not agree with each other",
+    "mixed": "the results do not all come out alike: some confirmed, some refuted, some undecided",
     "undecided": "the interval holds both answers; the last column of the details says what would have been seen",
     "not tested": "no result is kept; the command that would test it is named",
 }
@@ -143,7 +143,7 @@ def _details(judgement: Judgement, link: _Link) -> Iterator[str]:
                 escape(check.evidence.says or check.measured.what),
                 escape(rule(check.evidence)),
                 escape(result(check.measured)),
-                check.outcome,
+                check.outcome + (f": {escape(check.measured.doubt)}" if check.measured.doubt else ""),
                 escape(power(check)),
                 link(check.measured.origin),
             ]
@@ -173,5 +173,5 @@ def _origins(judgement: Judgement) -> Iterator[str]:
         facts += [f"data {escape(origin.data)}"] if origin.data else []
         facts += [escape(origin.machine)] if origin.machine else []
         facts += [f"file {origin.digest}"] if origin.digest else []
-        facts += [f"**{escape(origin.state)}**"] if origin.state else []
+        facts += [f"**{escape(told)}**" for told in (origin.state, origin.caution) if told]
         yield "- " + "; ".join(facts)

@@ -35,8 +35,10 @@ class Report:
         """The study's name."""
         return str(self.values["study"])
 
-    def origin(self, tasks: Values | list[str]) -> Origin:
-        """Where the numbers of some of its tasks came from."""
+    def origin(self, section: Values | None = None) -> Origin:
+        """Where the numbers of one of its sections, or of the whole, came from."""
+        # A tuned section goes by the name of its setting, its data by those of the points.
+        tasks = [*section["tasks"], *(choice["task"] for choice in section.get("choices", ()))] if section else []
         provenance, hashes = self.values["provenance"], self.values.get("data_hashes", {})
         data = sorted({hashes[task][:12] for task in tasks if task in hashes})
         hardware = provenance.get("hardware", {})
@@ -51,6 +53,7 @@ class Report:
             data=data[0] if len(data) == 1 else f"{len(data)} sets, the first {data[0]}" if data else "",
             machine=", ".join(machine),
             state="" if self.values["status"]["is_complete"] else self.values["status"]["text"],
+            caution=_caution(section or {}),
         )
 
     def difference(self, section: Values, pair: str, values: Values) -> Measured:
@@ -59,7 +62,7 @@ class Report:
             what=f"{section['title']}: {pair}",
             shown=from_json(values),
             unit=metric_unit(section["loss_metric"]),
-            origin=self.origin(section["tasks"]),
+            origin=self.origin(section),
         )
 
     def measure(self, evidence: StudyEvidence) -> tuple[Measured, ...] | Missing:
@@ -88,7 +91,7 @@ class Report:
             + (f", minus that on {evidence.minus}" if evidence.minus else ""),
             shown=shown,
             unit=_unit(evidence, section),
-            origin=self.origin(section["tasks"]),
+            origin=self.origin(section),
             is_exact=evidence.measure == "cache ratio",
             is_difference=is_difference,
         )
@@ -142,6 +145,13 @@ class Report:
         for seed, value in zip(done.seed, done[column], strict=True):
             by_seed.setdefault(int(seed), []).extend([float(value)] if math.isfinite(value) else [])
         return {seed: sum(values) / len(tasks) for seed, values in by_seed.items() if len(values) == len(tasks)}
+
+
+def _caution(section: Values) -> str:
+    """The controls of a section that did not come out as promised. A report of an earlier version has none."""
+    labels = {variant["name"]: variant["label"] for variant in section.get("variants", ())}
+    failed = [labels[control["variant"]] for control in section.get("controls", ()) if control["came_out"] is False]
+    return f"not as promised on {section['title']}: the control {' and '.join(failed)}" if failed else ""
 
 
 def _sections(report: Values, pattern: str) -> Iterator[Values]:

@@ -94,9 +94,9 @@ def power_of(shown: Interval) -> float:
 
 
 def judged(rule: Rule, measured: Measured) -> Outcome:
-    """See :class:`~twofold.claims.claim.Rule`. Without an interval nothing is decided, unless there is no chance in the number."""
+    """See :class:`~twofold.claims.claim.Rule`. Without an interval, or with a doubt, nothing is decided."""
     low, high = measured.shown.low, measured.shown.high
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if measured.doubt or not (math.isfinite(low) and math.isfinite(high)):
         return "undecided"
     if rule.above is not None:
         return _decided(is_true=low > rule.above, is_false=high <= rule.above)

@@ -149,8 +149,8 @@ def _check(check: verdict.Check) -> Table:
     origin = check.measured.origin
     rows = [
         ("measured", check.evidence.says or check.measured.what), ("result", wording.result(check.measured)),
-        ("confirmed if", wording.rule(check.evidence)), ("so", check.outcome), ("would have been seen", wording.power(check)),
-        ("code", origin.code), ("data", origin.data), ("machine", origin.machine), ("state", origin.state),
+        ("confirmed if", wording.rule(check.evidence)), ("so", ": ".join(filter(None, (check.outcome, check.measured.doubt)))), ("would have been seen", wording.power(check)),
+        ("code", origin.code), ("data", origin.data), ("machine", origin.machine), ("state", origin.state), ("caution", origin.caution),
         ("file", f"{origin.page} ({origin.digest})" if origin.page else ""),
     ]  # fmt: skip
     for name, value in rows:
