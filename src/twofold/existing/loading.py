@@ -17,8 +17,10 @@ from twofold.models.causal_lm import CACHE_FIELD
 from twofold.models.checkpoint import weight_files
 
 
-def load(name: str, **options: Any) -> PreTrainedModel:
-    """The model of its own class that a folder or a name on the hub holds, ready for inference. ``options`` are those of ``from_pretrained``.
+def load(name: str, kind: Any = None, **options: Any) -> PreTrainedModel:
+    """The model that a folder or a name on the hub holds, ready for inference, of the class that its config names or of another ``kind``.
+
+    ``options`` are those of ``from_pretrained``.
 
     Only safetensors are read, and no code comes with them: a pickle, and code, can run anything. Raises TwofoldError for what cannot be read.
     """
@@ -29,13 +31,16 @@ def load(name: str, **options: Any) -> PreTrainedModel:
             f"{name} is no folder: give the folder that save_pretrained wrote, or a model's name on the hub."
         )
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=False, local_files_only=options.get("local_files_only", False)
+        )
+        kind = kind or getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
         if kind is None:
             raise TwofoldError(
                 f"The config of {name} names no architecture that Transformers {transformers.__version__} has."
             )
-        model = kind.from_pretrained(name, use_safetensors=True, **({"dtype": "auto"} | options))
+        chosen = {"dtype": "auto", "config": config, "trust_remote_code": False} | options
+        model = kind.from_pretrained(name, use_safetensors=True, **chosen)
     except TwofoldError:
         raise
     except Exception as error:  # noqa: BLE001 (a model's own classes may raise anything)

@@ -6,22 +6,8 @@
   const data = JSON.parse(byId("geometry-data").textContent);
   const still = matchMedia("(prefers-reduced-motion: reduce)");
 
-  // Theme: as the system has it, light, dark.
-  const theme = byId("theme");
-  const showTheme = () => {
-    const now = root.dataset.theme || "auto";
-    theme.lastElementChild.textContent = now;
-    theme.setAttribute("aria-label", `Theme: ${now}`);
-  };
-  theme.hidden = false;
-  showTheme();
-  theme.addEventListener("click", () => {
-    const next = { auto: "light", light: "dark", dark: "auto" }[root.dataset.theme || "auto"];
-    if (next === "auto") delete root.dataset.theme; else root.dataset.theme = next;
-    try { localStorage.setItem("twofold-theme", next); } catch { /* no storage */ }
-    showTheme();
-    recolour();
-  });
+  // Colours are drawn by this script, so it follows the theme.
+  root.addEventListener("themechange", () => recolour());
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => recolour());
 
   // A canvas knows no custom properties: a probe resolves them.
@@ -531,14 +517,6 @@
   };
   window.addEventListener("scroll", here, { passive: true });
   here();
-  for (const button of all("button.copy")) {
-    if (!navigator.clipboard) continue;
-    button.hidden = false;
-    button.addEventListener("click", async () => {
-      try { await navigator.clipboard.writeText(button.dataset.copy); button.textContent = "Copied"; } catch { button.textContent = "Not allowed"; }
-      setTimeout(() => { button.textContent = "Copy"; }, 1500);
-    });
-  }
 
   if (typeof DecompressionStream === "undefined") {
     byId("told").textContent = "This browser cannot unpack the points that the page holds: use a newer one. The tables below need nothing.";

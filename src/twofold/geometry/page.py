@@ -6,17 +6,14 @@ import base64
 import gzip
 import json
 import math
-from functools import cache
-from importlib import resources
 from typing import Any
-
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from twofold.geometry import Geometry
 from twofold.geometry.figure import cloud, strips
 from twofold.geometry.paper import NEAR
 from twofold.geometry.points import GRID, WEIGHT_UNITS
 from twofold.geometry.summary import Range, Row
+from twofold.report.assets import environment, text_of
 from twofold.report.files import card
 from twofold.report.numbers import NOTHING, number
 
@@ -39,7 +36,7 @@ def html(geometry: Geometry, command: str) -> str:
     }
     ties = list(dict.fromkeys(layer.tie for layer in layers))
     return (
-        _environment()
+        environment("twofold.geometry")
         .get_template("geometry.html.j2")
         .render(
             name=geometry.opened.name,
@@ -47,10 +44,11 @@ def html(geometry: Geometry, command: str) -> str:
             has_pull=any(layer.shown.weights.shape[0] > 1 for layer in layers),
             layer_names=[layer.index for layer in layers],
             near=NEAR,
-            css="".join(_text("twofold.report", name) for name in ("figure.css", "style.css"))
-            + _text("twofold.geometry", "page.css"),
-            theme_js=_text("twofold.report", "theme.js"),
-            page_js=_text("twofold.geometry", "page.js"),
+            css="".join(text_of(name) for name in ("figure.css", "style.css"))
+            + text_of("page.css", "twofold.geometry"),
+            theme_js=text_of("theme.js"),
+            furniture_js=text_of("furniture.js"),
+            page_js=text_of("page.js", "twofold.geometry"),
             data=_script_safe(json.dumps(data, ensure_ascii=False, separators=(",", ":"))),
             packed=[_packed(geometry, layer, head) for layer, head in geometry.heads],
             still=cloud(geometry.points(*first[:2]), geometry.pieces, first[2]),
@@ -74,7 +72,7 @@ def picture(geometry: Geometry) -> str:
     return card(
         cloud(geometry.points(layer, head), geometry.pieces, token),
         has_dark=True,
-        css=_text("twofold.geometry", "page.css"),
+        css=text_of("page.css", "twofold.geometry"),
     )
 
 
@@ -193,19 +191,3 @@ def _trained(geometry: Geometry) -> list[tuple[str, str]]:
 def _script_safe(text: str) -> str:
     """JSON that can stand in a script element: no text of the model's ends it."""
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=ChoiceLoader([PackageLoader("twofold.geometry"), PackageLoader("twofold.report")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-@cache
-def _text(package: str, name: str) -> str:
-    return (resources.files(package) / name).read_text(encoding="utf-8")

@@ -11,10 +11,11 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twofold.errors import TwofoldError
 from twofold.estimate.weights import stored_weights
+from twofold.existing.loading import load
 from twofold.generation.codec import Codec, TokenizerCodec, codec_for
 from twofold.geometry import others, ours
 from twofold.geometry.capture import Layer, capture
@@ -118,22 +119,7 @@ def _transformers_model(folder: Path) -> PreTrainedModel:
             f"The weights in {folder} are {stored.file_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free: "
             "free some, or use a machine with more."
         )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype="auto",
-            attn_implementation="eager",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except Exception as error:  # noqa: BLE001 (a model's own classes may raise anything)
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise TwofoldError(f"The model in {folder} cannot be read by Transformers ({reason}).") from None
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    return load(str(folder), AutoModelForCausalLM, attn_implementation="eager", local_files_only=True)
 
 
 def _capture(model: PreTrainedModel, rows: Sequence[Tensor], layers: Sequence[int], *, shown: int) -> list[Layer]:

@@ -3,7 +3,7 @@
   const root = document.documentElement;
   const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
 
-  // What is remembered: the theme for good; the rest until the page is closed, so that a reload changes nothing but the numbers.
+  // What is remembered until the page is closed, so that a reload changes nothing but the numbers.
   const key = `twofold-report-${root.dataset.study}`;
   const read = (storage, name) => { try { return window[storage].getItem(name); } catch { return null; } };
   const write = (storage, name, value) => { try { window[storage].setItem(name, value); } catch { /* no storage */ } };
@@ -14,22 +14,6 @@
     write("sessionStorage", key, JSON.stringify(state));
   };
   const remembered = (part, name) => (state[part] || {})[name];
-
-  // Theme: as the system has it, light, dark.
-  const theme = document.getElementById("theme");
-  const showTheme = () => {
-    const now = root.dataset.theme || "auto";
-    theme.lastElementChild.textContent = now;
-    theme.setAttribute("aria-label", `Theme: ${now}`);
-  };
-  theme.hidden = false;
-  showTheme();
-  theme.addEventListener("click", () => {
-    const next = { auto: "light", light: "dark", dark: "auto" }[root.dataset.theme || "auto"];
-    if (next === "auto") delete root.dataset.theme; else root.dataset.theme = next;
-    write("localStorage", "twofold-theme", next);
-    showTheme();
-  });
 
   // Details keep their state over a reload.
   for (const details of all("details[id]")) {
@@ -158,20 +142,7 @@
   window.addEventListener("scroll", place, { passive: true });
   place();
 
-  // Copy a command; save a table that this page holds.
-  for (const button of all("button.copy")) {
-    if (!navigator.clipboard) continue;
-    button.hidden = false;
-    button.addEventListener("click", async () => {
-      try {
-        await navigator.clipboard.writeText(button.dataset.copy);
-        button.textContent = "Copied";
-      } catch {
-        button.textContent = "Not allowed";
-      }
-      setTimeout(() => { button.textContent = "Copy"; }, 1500);
-    });
-  }
+  // Save a table that this page holds.
   const held = async (name) => {
     const script = all("script[data-content]").find((item) => item.dataset.content === name);
     const bytes = Uint8Array.from(atob(script.textContent.trim()), (letter) => letter.charCodeAt(0));

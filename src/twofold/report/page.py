@@ -7,14 +7,11 @@ import gzip
 import json
 import shlex
 from collections.abc import Mapping
-from functools import cache
-from importlib import resources
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from twofold.report import budgets, choices, controls, rows
 from twofold.report.answer import answer, status
+from twofold.report.assets import environment, text_of
 from twofold.report.curves import Curve, CurveSet, curves
 from twofold.report.evidence import sentences
 from twofold.report.forest import forest
@@ -54,13 +51,14 @@ def html(summary: Summary, files: Mapping[str, str], report_command: str) -> str
     is_long = len(summary.sections) > MAX_FULL_ANSWERS
     views = [_view(summary, section, is_one_of_many=is_long) for section in summary.sections]
     return (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
             plan=summary.plan,
-            css=_text("figure.css") + _text("style.css"),
-            theme_js=_text("theme.js"),
-            page_js=_text("page.js"),
+            css=text_of("figure.css") + text_of("style.css"),
+            theme_js=text_of("theme.js"),
+            furniture_js=text_of("furniture.js"),
+            page_js=text_of("page.js"),
             reload_seconds=_reload_seconds(summary),
             meter=[
                 (state, summary.states[state])
@@ -99,7 +97,7 @@ def run_command(summary: Summary, section: Section | None = None) -> str:
 
 def figure_style() -> str:
     """The style of figures that stand alone: light, so that it reads on any ground."""
-    return _text("figure.css")
+    return text_of("figure.css")
 
 
 def _view(summary: Summary, section: Section, *, is_one_of_many: bool) -> dict[str, Any]:
@@ -205,19 +203,3 @@ def _file(name: str, content: str) -> dict[str, Any]:
         "embedded": embedded,
         "content": base64.b64encode(packed).decode() if embedded else "",
     }
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("twofold.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-@cache
-def _text(name: str) -> str:
-    return (resources.files("twofold.report") / name).read_text(encoding="utf-8")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from hashlib import sha256
-from importlib import resources
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from twofold.plane import Point
 from twofold.report.answer import status
+from twofold.report.assets import environment, text_of
 from twofold.report.drawing import svg, tag
 from twofold.report.files import card
 from twofold.report.numbers import common_decimals, decimals, metric_name, number, with_interval
@@ -28,13 +25,14 @@ WIDE, NARROW = 720, 344
 def html(summary: Summary, sheets: list[Sheet], report_command: str) -> str:
     """The whole page."""
     return (
-        _environment()
+        environment()
         .get_template("plane.html.j2")
         .render(
             plan=summary.plan,
-            css=figure_style() + _text("style.css") + _text("plane/plane.css") + _text("plane/page.css"),
-            theme_js=_text("theme.js"),
-            plane_js=_text("plane/plane.js"),
+            css=figure_style() + text_of("style.css") + text_of("plane/plane.css") + text_of("plane/page.css"),
+            theme_js=text_of("theme.js"),
+            furniture_js=text_of("furniture.js"),
+            plane_js=text_of("plane/plane.js"),
             status=status(summary),
             question=words.question(sheets),
             tie=words.QUESTION,
@@ -160,20 +158,4 @@ def picture(sheets: list[Sheet]) -> str:
     parts.append(tag("text", legend, x=0.0, y=height - 6, class_="tick"))
     label = "; ".join(f"{sheet.section.title}: {len(sheet.cliffs)} cliffs" for sheet in shown)
     figure = svg(parts, width, height, label=f"The plane of ties. {label}.", class_="plane")
-    return card(figure, css=_text("plane/plane.css"))
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("twofold.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-@cache
-def _text(name: str) -> str:
-    return (resources.files("twofold.report") / name).read_text(encoding="utf-8")
+    return card(figure, css=text_of("plane/plane.css"))

@@ -3,22 +3,6 @@
   const root = document.documentElement;
   const all = (selector, inside = document) => [...inside.querySelectorAll(selector)];
 
-  // Theme: as the system has it, light, dark; the same choice as in the reports.
-  const theme = document.getElementById("theme");
-  const showTheme = () => {
-    const now = root.dataset.theme || "auto";
-    theme.lastElementChild.textContent = now;
-    theme.setAttribute("aria-label", `Theme: ${now}`);
-  };
-  theme.hidden = false;
-  showTheme();
-  theme.addEventListener("click", () => {
-    const next = { auto: "light", light: "dark", dark: "auto" }[root.dataset.theme || "auto"];
-    if (next === "auto") delete root.dataset.theme; else root.dataset.theme = next;
-    try { localStorage.setItem("twofold-theme", next); } catch { /* no storage */ }
-    showTheme();
-  });
-
   // One sheet at a time: the chosen task, read as chosen where it can be.
   const sheets = all(".sheet");
   const choice = { task: sheets[0].dataset.task, reading: "loss" };
@@ -86,18 +70,4 @@
     });
   }
   window.addEventListener("scroll", hideTip, { passive: true });
-
-  for (const button of all("button.copy")) {
-    if (!navigator.clipboard) continue;
-    button.hidden = false;
-    button.addEventListener("click", async () => {
-      try {
-        await navigator.clipboard.writeText(button.dataset.copy);
-        button.textContent = "Copied";
-      } catch {
-        button.textContent = "Not allowed";
-      }
-      setTimeout(() => { button.textContent = "Copy"; }, 1500);
-    });
-  }
 })();
