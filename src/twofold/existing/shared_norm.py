@@ -9,6 +9,7 @@ Shapes: B batch, T new tokens, S keys, H query heads, G KV heads, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,27 @@ def why_not(layer: Any) -> str:
     return ""
 
 
+class SharedStates(Sequence[Tensor]):
+    """Keys and values [B, G, S, D] as later layers, and a drafting model, read them: made when somebody does, which in most models is nobody."""
+
+    def __init__(self, stream: Tensor, scale: Tensor, rotation: Rotation | None) -> None:
+        self._stream, self._scale, self._rotation = stream, scale, rotation
+        self._keys: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in (0, 1):
+            raise IndexError(index)
+        if index == 1:
+            return self._stream
+        if self._keys is None:
+            scaled = self._stream * self._scale
+            self._keys = scaled if self._rotation is None else self._rotation.turn(scaled)
+        return self._keys
+
+
 class SharedNormForward:
     """What the layer does in place of its own forward."""
 
@@ -71,10 +93,7 @@ class SharedNormForward:
         held = self._held(stream, own, arguments | {"attention_mask": attention_mask})
         scale = layer.k_norm.weight.to(stream.dtype)
         if getattr(layer, "store_full_length_kv", False):
-            # Later layers, and a drafting model, read these; they live as long as this pass.
-            keys = held.stream * scale
-            keys = keys if held.rotation is None else held.rotation.turn(keys)
-            shared_kv_states[layer.layer_type] = keys, held.stream
+            shared_kv_states[layer.layer_type] = SharedStates(held.stream, scale, held.rotation)
         reader = Reader(layer, attention_mask, arguments)
         output, weights = reader.attend(query, held.stream, held.stream, held.rotation, key_scale=scale)
         return layer.o_proj(output.transpose(1, 2).flatten(2)), weights

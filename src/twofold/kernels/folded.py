@@ -26,7 +26,7 @@ def attend(inputs: Inputs) -> Tensor:
     head_dim = key.shape[3]
     logits = _of_keys(query[..., :head_dim], inputs)
     if inputs.key_extension is not None:
-        logits = logits + _product(query[..., head_dim:], inputs.key_extension.transpose(-1, -2))
+        logits = logits + _logits(query[..., head_dim:], inputs.key_extension)
     if inputs.bias is not None:
         logits = logits + inputs.bias
     return _product(weights_of(logits, inputs.mask), inputs.value)
@@ -48,13 +48,22 @@ def _of_keys(query: Tensor, inputs: Inputs) -> Tensor:
     """q · R(s ⊙ k), [B, H, T, S]. No copy is made of the dimensions of the key that do not turn: their scale is the query's."""
     key, rotation, scale = inputs.key, inputs.key_rotation, inputs.key_scale
     if rotation is not None and 2 * rotation.cosine.shape[-1] == key.shape[3]:
-        return _product(query, inputs.whole_key.transpose(-1, -2))
+        return _logits(query, inputs.whole_key)
     scaled = query if scale is None else query * scale
     if rotation is None:
-        return _product(scaled, key.transpose(-1, -2))
-    still = _product(rotation.without_turning(scaled), key.transpose(-1, -2))
-    turned = rotation.turned(key, scale)
-    return still + _product(rotation.turning(query), turned.transpose(-1, -2))
+        return _logits(scaled, key)
+    still = _logits(rotation.without_turning(scaled), key)
+    return still + _logits(rotation.turning(query), rotation.turned(key, scale))
+
+
+def _logits(query: Tensor, key: Tensor) -> Tensor:
+    """q · k of every pair: [B, H, T, D] and [B, G, S, D] -> [B, H, T, S].
+
+    Keys stand on the left of the product, as they lie in memory: for numbers of 16 bits PyTorch would first copy the transpose of them all.
+    """
+    batch, heads, rows, columns = query.shape
+    folded = query.reshape(batch, key.shape[1], (heads // key.shape[1]) * rows, columns)
+    return (key @ folded.transpose(-1, -2)).transpose(-1, -2).reshape(batch, heads, rows, key.shape[2])
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class Rotation:
         """Of x [..., S, D], times ``scale`` [D], the dimensions that turn alone, turned: [..., S, 2n], first all a, then all b."""
         turning = self.turning(x) if scale is None else self.turning(x) * self.turning(scale)
         a, b = turning.chunk(2, dim=-1)
-        return torch.cat((a * self.cosine - b * self.sine, b * self.cosine + a * self.sine), dim=-1)
+        first = torch.addcmul(a * self.cosine, b, self.sine, value=-1)
+        return torch.cat((first, torch.addcmul(b * self.cosine, a, self.sine)), dim=-1)
 
     def turning(self, x: Tensor) -> Tensor:
         """The dimensions that turn, as they are: [..., D] -> [..., 2n]."""
