@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,6 +65,91 @@ def test_a_query_without_keys_gets_zero():
         assert output[0, 0, :, 0].tolist() == [0.0, 1.0, 1.0]
 
 
+# What only kernels of our own know: the reference against pairs written out one by one
+
+
+@st.composite
+def held(draw: st.DrawFn) -> Inputs:
+    """Ragged texts, in a row or in pages, keys as floats or as codes, with soft caps and sinks."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    batch, kv_heads, group, head_dim = draw(st.sampled_from([(1, 1, 1, 4), (2, 3, 1, 6), (3, 2, 3, 4)]))
+    page, num_pages = draw(st.sampled_from([1, 2, 5])), draw(st.sampled_from([1, 3, 4]))
+    in_pages, codes = draw(st.booleans()), draw(st.sampled_from(["none", "token", "channel"]))
+    num_keys = page * num_pages
+    shape = (batch * num_pages + 2, kv_heads, page) if in_pages else (batch, kv_heads, num_keys)
+    pages = torch.randperm(batch * num_pages + 2, generator=generator)[2:].reshape(batch, num_pages)
+    parts = {}
+    for name in ("key", "value"):
+        parts[name], parts[f"{name}_scales"] = normal(*shape, head_dim), None
+        if codes != "none":
+            parts[name] = torch.randint(-127, 128, (*shape, head_dim), generator=generator, dtype=torch.int8)
+            scales = (*shape, 1) if codes == "token" else (1, kv_heads, 1, head_dim)
+            parts[f"{name}_scales"] = normal(*scales).abs() / 50
+    if draw(st.booleans()):
+        parts |= {"value": parts["key"], "value_scales": parts["key_scales"]}
+    num_queries = draw(st.sampled_from([1, 2]))
+    return Inputs(
+        query=normal(batch, kv_heads * group, num_queries, head_dim),
+        mask=Mask(
+            causal=True,
+            window_tokens=draw(st.sampled_from([0, 1, 3])),
+            lengths=torch.randint(0, num_keys + 1, (batch,), generator=generator),
+        ),
+        scale=0.4,
+        soft_cap=draw(st.sampled_from([0.0, 2.0])),
+        sinks=normal(kv_heads * group) if draw(st.booleans()) else None,
+        pages=pages if in_pages else None,
+        **parts,
+    )
+
+
+def one_by_one(given_inputs: Inputs) -> torch.Tensor:
+    """Every query by itself, in Python's own numbers."""
+    inputs, output = given_inputs, torch.zeros_like(given_inputs.query)
+    group = inputs.query.shape[1] // inputs.key.shape[1]
+    page = inputs.key.shape[2]
+
+    def read(name: str, b: int, g: int, place: int) -> torch.Tensor:
+        row = (b, g, place) if inputs.pages is None else (int(inputs.pages[b, place // page]), g, place % page)
+        floats, scales = getattr(inputs, name)[row].double(), getattr(inputs, f"{name}_scales")
+        if scales is None:
+            return floats
+        return floats * (scales[0, g, 0] if scales.shape[3] > 1 else scales[row])
+
+    for b, h, t in product(*(range(size) for size in inputs.query.shape[:3])):
+        place = int(inputs.mask.lengths[b]) - inputs.query.shape[2] + t
+        first = max(0, place - inputs.mask.window_tokens + 1) if inputs.mask.window_tokens else 0
+        exponentials, total = [], 0.0 if inputs.sinks is None else float(inputs.sinks[h].exp())
+        for s in range(first, place + 1):
+            logit = inputs.scale * float(inputs.query[b, h, t] @ read("key", b, h // group, s))
+            logit = inputs.soft_cap * math.tanh(logit / inputs.soft_cap) if inputs.soft_cap else logit
+            exponentials.append((math.exp(logit), s))
+        total += sum(weight for weight, _ in exponentials)
+        for weight, s in exponentials:
+            output[b, h, t] += weight / total * read("value", b, h // group, s)
+    return output
+
+
+@given(given_inputs=held())
+@settings(max_examples=150)
+def test_the_plain_one_reads_pages_codes_and_ragged_texts(given_inputs: Inputs):
+    found = kernels.attend(given_inputs, "reference")
+    torch.testing.assert_close(found, one_by_one(given_inputs), rtol=1e-10, atol=1e-10)
+
+
+def test_backends_of_pytorch_refuse_what_they_do_not_know():
+    key = torch.ones(1, 1, 4, 8)
+    inputs = Inputs(query=key[:, :, :1], key=key, value=key, mask=Mask(causal=True), scale=1.0, soft_cap=3.0)
+    for name in ("sdpa", "folded"):
+        with pytest.raises(TwofoldError, match="soft_cap"):
+            kernels.attend(inputs, name)
+    assert kernels.choose(inputs.problem).name == "reference"
+
+
 def test_turning_back_undoes_turning():
     angles = torch.linspace(0, 3, 10, dtype=torch.float64).reshape(5, 2)
     rotation = Rotation(cosine=angles.cos(), sine=angles.sin(), distance=3)
@@ -73,7 +161,7 @@ def test_turning_back_undoes_turning():
 
 
 PROBLEM = Problem(
-    device="cpu", dtype="float32", num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_queries=1, num_keys=9, causal=True
+    device="cpu", dtype="float32", key_dtype="float32", num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_queries=1, num_keys=9, causal=True
 )  # fmt: skip
 
 

@@ -259,6 +259,7 @@ def problem_of(spec: AttentionSpec, *, device: str, dtype: str, num_queries: int
     return Problem(
         device=device,
         dtype=dtype,
+        key_dtype=dtype,
         num_attention_heads=spec.num_attention_heads,
         num_key_value_heads=spec.num_key_value_heads,
         head_dim=spec.query_dim,

@@ -16,8 +16,7 @@ NAME = "folded"
 
 def supports(problem: Problem) -> str:
     """Why a problem cannot be served; empty: it can."""
-    del problem
-    return ""
+    return f"it does not know: {problem.beyond_pytorch}" if problem.beyond_pytorch else ""
 
 
 def attend(inputs: Inputs) -> Tensor:

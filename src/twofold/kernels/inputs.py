@@ -6,7 +6,7 @@ head h // (H / G). The T queries are those of the last T of the S keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ class Mask:
 
     ``causal``: none after itself. ``window_tokens`` w > 0: none further than w - 1 tokens away. ``key_mask`` [B, S]: none where it is False.
     ``segments`` [B, S], numbers of the documents that are packed into a row: none of another document. ``positions``: where queries [T] and keys [S]
-    stand, where the queries are not those of the last T of S successive keys; none at a negative position.
+    stand, where the queries are not those of the last T of S successive keys; none at a negative position. ``lengths`` [B], whole numbers: how many of the
+    S keys each sequence has, the queries being those of the last T of these; it stands in for ``positions``.
     """
 
     causal: bool
@@ -73,32 +74,42 @@ class Mask:
     key_mask: Tensor | None = None
     segments: Tensor | None = None
     positions: tuple[Tensor, Tensor] | None = None
+    lengths: Tensor | None = None
 
     def is_plain(self, num_queries: int, num_keys: int) -> bool:
         """Whether nothing is hidden but, with ``causal``, what comes later."""
-        sees_all = self.positions is None and (not self.window_tokens or self.window_tokens >= num_keys)
+        in_a_row = self.positions is None and self.lengths is None
+        sees_all = in_a_row and (not self.window_tokens or self.window_tokens >= num_keys)
         return sees_all and self.key_mask is None and (self.segments is None or num_queries == num_keys == 1)
 
     def allowed(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         """True where a query may see a key: [1 or B, 1, T, S]."""
-        if self.positions is None:
-            keys = torch.arange(num_keys, device=device)
-            queries = keys[num_keys - num_queries :]
-        else:
-            queries, keys = self.positions
-        behind = queries[:, None] - keys[None, :]
+        queries, keys = self._places(num_queries, num_keys, device)
+        behind = queries[:, :, None] - keys
         allowed = (keys >= 0).expand_as(behind)
+        if self.lengths is not None:
+            allowed = (keys < self.lengths[:, None, None]) & (queries >= 0)[:, :, None]
         if self.causal:
             allowed = allowed & (behind >= 0)
         if self.window_tokens:
             allowed = allowed & (behind.abs() < self.window_tokens)
-        allowed = allowed[None, None]
+        allowed = allowed[:, None]
         if self.key_mask is not None:
             allowed = allowed & self.key_mask[:, None, None, :]
         if self.segments is not None:
             documents = self.segments[:, num_keys - num_queries :]
             allowed = allowed & (documents[:, None, :, None] == self.segments[:, None, None, :])
         return allowed
+
+    def _places(self, num_queries: int, num_keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where queries [1 or B, T] and keys [S] stand."""
+        if self.positions is not None:
+            queries, keys = self.positions
+            return queries[None], keys
+        keys = torch.arange(num_keys, device=device)
+        if self.lengths is None:
+            return keys[None, num_keys - num_queries :], keys
+        return self.lengths[:, None] - num_queries + torch.arange(num_queries, device=device), keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +118,7 @@ class Problem:
 
     device: str
     dtype: str
+    key_dtype: str
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -119,18 +131,40 @@ class Problem:
     shares_value: bool = False
     has_key_mask: bool = False
     has_segments: bool = False
+    has_positions: bool = False
+    has_lengths: bool = False
+    has_pages: bool = False
+    has_scales: bool = False
+    has_sinks: bool = False
     has_bias: bool = False
+    soft_cap: float = 0.0
     needs_gradient: bool = False
     needs_weights: bool = False
+
+    @property
+    def beyond_pytorch(self) -> str:
+        """What of it no chain of PyTorch's fused calls can say; empty: nothing."""
+        reasons = {
+            "soft_cap": self.soft_cap,
+            "sinks": self.has_sinks,
+            "pages": self.has_pages,
+            "keys held in another dtype": self.has_scales or self.key_dtype != self.dtype,
+        }
+        return ", ".join(reason for reason, given in reasons.items() if given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """softmax(scale · [q_1 ; q_2][R(s ⊙ k) ; r]ᵀ + bias) v over the keys that ``mask`` allows; a query that may see none gets 0.
+    """softmax(cap(scale · [q_1 ; q_2][R(s ⊙ k) ; r]ᵀ) + bias) v over the keys that ``mask`` allows; a query that may see none gets 0.
 
     ``query`` [B, H, T, D + d_r]; ``key`` and ``value`` [B, G, S, D], the very same tensor where V is proportional to K, so that a backend can read
     it once; ``key_scale`` [D], s; ``key_extension`` [B, 1, S, d_r], r; ``key_rotation``, R, turns keys (not the extension, not values) when they are read;
     ``bias`` is broadcastable to [B, H, T, S]. A list ``weights`` is given the softmax itself, [B, H, T, S].
+
+    ``soft_cap`` c > 0 is cap(x) = c · tanh(x / c). ``sinks`` [H] are logits of a key that every query sees and whose value is 0. Where keys are held in fewer
+    bits, ``key_scales`` is what they are multiplied by as they are read, [B, G, S, 1] or [B, G, 1, D] (1 may stand for B and G); ``value_scales`` likewise, the very
+    same tensor where the value is. ``pages`` [B, P], whole numbers: keys and values lie in pages, [N, G, tokens of a page, D], those of sequence b being
+    pages[b] one after the other, S = P · tokens of a page; per-token scales lie in the same pages, [N, G, tokens of a page, 1]. It goes with ``mask.lengths``.
     """
 
     query: Tensor
@@ -143,6 +177,11 @@ class Inputs:
     key_rotation: Rotation | None = None
     bias: Tensor | None = None
     weights: list[Tensor] | None = None
+    soft_cap: float = 0.0
+    sinks: Tensor | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    pages: Tensor | None = None
 
     @property
     def shares_value(self) -> bool:
@@ -156,17 +195,43 @@ class Inputs:
         return key if self.key_rotation is None else self.key_rotation.turn(key)
 
     @property
+    def num_keys(self) -> int:
+        """S."""
+        return self.key.shape[2] * (1 if self.pages is None else self.pages.shape[1])
+
+    @property
+    def plain(self) -> Inputs:
+        """The same with keys and values as they are meant: in a row, and in the dtype of the query."""
+        if self.pages is None and self.key.dtype == self.query.dtype and self.key_scales is None:
+            return self
+        key = self._meant(self.key, self.key_scales)
+        value = key if self.shares_value else self._meant(self.value, self.value_scales)
+        return replace(self, key=key, value=value, key_scales=None, value_scales=None, pages=None)
+
+    def _meant(self, held: Tensor, scales: Tensor | None) -> Tensor:
+        floats = self._in_a_row(held).to(self.query.dtype)
+        if scales is None:
+            return floats
+        is_per_token = scales.shape[3] == 1
+        return floats * (self._in_a_row(scales) if is_per_token else scales).to(self.query.dtype)
+
+    def _in_a_row(self, held: Tensor) -> Tensor:
+        """[N, G, tokens of a page, D] -> [B, G, S, D]; what lies in no pages as it is."""
+        return held if self.pages is None else held[self.pages].transpose(1, 2).flatten(2, 3)
+
+    @property
     def problem(self) -> Problem:
         """The same without tensors."""
         batch_key = self.key.shape
         return Problem(
             device=self.query.device.type,
             dtype=str(self.query.dtype).removeprefix("torch."),
+            key_dtype=str(self.key.dtype).removeprefix("torch."),
             num_attention_heads=self.query.shape[1],
             num_key_value_heads=batch_key[1],
             head_dim=batch_key[3],
             num_queries=self.query.shape[2],
-            num_keys=batch_key[2],
+            num_keys=self.num_keys,
             causal=self.mask.causal,
             key_extension_dim=0 if self.key_extension is None else self.key_extension.shape[3],
             rotated_dims=0 if self.key_rotation is None else 2 * self.key_rotation.cosine.shape[-1],
@@ -174,7 +239,13 @@ class Inputs:
             shares_value=self.shares_value,
             has_key_mask=self.mask.key_mask is not None,
             has_segments=self.mask.segments is not None,
+            has_positions=self.mask.positions is not None,
+            has_lengths=self.mask.lengths is not None,
+            has_pages=self.pages is not None,
+            has_scales=self.key_scales is not None,
+            has_sinks=self.sinks is not None,
             has_bias=self.bias is not None,
+            soft_cap=self.soft_cap,
             needs_gradient=torch.is_grad_enabled() and (self.query.requires_grad or self.key.requires_grad),
             needs_weights=self.weights is not None,
         )

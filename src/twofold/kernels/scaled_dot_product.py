@@ -13,8 +13,7 @@ NAME = "sdpa"
 
 def supports(problem: Problem) -> str:
     """Why a problem cannot be served; empty: it can."""
-    del problem
-    return ""
+    return f"it does not know: {problem.beyond_pytorch}" if problem.beyond_pytorch else ""
 
 
 def attend(inputs: Inputs) -> Tensor:
