@@ -123,24 +123,62 @@ MULTI_HEAD: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def whisper() -> nn.Module:
-    """A speech model whose decoder attends to itself and to sound."""
-    config = transformers.WhisperConfig(
-        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20, max_target_positions=64,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
-    )  # fmt: skip
-    return transformers.WhisperForConditionalGeneration(config)
+# What a user calls T5 has many names; all are square here but for what a test changes.
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "pad_token_id": 0, "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+_CROSSING: dict[str, Any] = {
+    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+}  # fmt: skip
+
+_WHISPER: dict[str, Any] = _CROSSING | {
+    "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64, "suppress_tokens": None, "begin_suppress_tokens": None,
+}  # fmt: skip
 
 
-def bart() -> nn.Module:
-    """A translator whose decoder attends to itself and to a text."""
-    config = transformers.BartConfig(
-        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1, forced_eos_token_id=None,
+def _gpt2_beside_an_encoder() -> nn.Module:
+    """A GPT-2 with layers that read an encoder: its cross-attention is a fused projection of two."""
+    encoder = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48
+    )
+    decoder = transformers.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=2, bos_token_id=1,
+        add_cross_attention=True, is_decoder=True,
     )  # fmt: skip
-    return transformers.BartForConditionalGeneration(config)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return transformers.EncoderDecoderModel(config)
+
+
+ENCODER_DECODER: dict[str, Callable[..., nn.Module]] = {
+    "whisper": lambda: transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**_WHISPER)),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(max_position_embeddings=64, forced_eos_token_id=None, **_CROSSING)
+    ),
+    "gpt2 beside bert": _gpt2_beside_an_encoder,
+    "t5": lambda **changes: transformers.T5ForConditionalGeneration(transformers.T5Config(**(_T5 | changes))),
+    "mt5": lambda **changes: transformers.MT5ForConditionalGeneration(transformers.MT5Config(**(_T5 | changes))),
+    "umt5": lambda **changes: transformers.UMT5ForConditionalGeneration(transformers.UMT5Config(**(_T5 | changes))),
+    "longt5": lambda **changes: transformers.LongT5ForConditionalGeneration(
+        transformers.LongT5Config(local_radius=4, **(_T5 | changes))
+    ),
+    "switch": lambda **changes: transformers.SwitchTransformersForConditionalGeneration(
+        transformers.SwitchTransformersConfig(num_experts=2, **(_T5 | changes))
+    ),
+}
+
+
+def source_of(name: str) -> dict[str, Tensor]:
+    """What the encoder of one of :data:`ENCODER_DECODER` reads: two texts, the first of which begins late, or sound."""
+    if name == "whisper":
+        draw = torch.Generator().manual_seed(1)
+        return {"input_features": torch.randn(2, 8, 40, dtype=torch.float64, generator=draw)}
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :2] = 0
+    return {"input_ids": tokens(2, 9), "attention_mask": mask}
 
 
 VISION: dict[str, Any] = {

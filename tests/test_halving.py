@@ -17,7 +17,6 @@ from torch._dynamo.testing import CompileCounter
 from halving_models import (
     MULTI_HEAD,
     PER_LAYER_INPUTS,
-    bart,
     cache_bytes,
     cache_of,
     diffusion_gemma,
@@ -28,7 +27,6 @@ from halving_models import (
     norms_in_float64,
     randomized,
     tokens,
-    whisper,
 )
 from twofold.existing import HalvingReport, halve, restore
 from twofold.existing.low_bits import quantized_cache
@@ -133,28 +131,6 @@ def test_a_halved_multi_head_model_is_the_model(name: str, keep: Any):
     restore(model)
     again = outcomes(model, 13, 3)
     assert all(torch.equal(before[name], again[name]) for name in before)
-
-
-@pytest.mark.parametrize("make", [whisper, bart])
-@pytest.mark.parametrize("keep", ["keys", "values"])
-def test_cross_attention_too_keeps_one_tensor(make: Any, keep: Any):
-    model = randomized(make())
-    source = (
-        {"input_features": torch.randn(2, 8, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))}
-        if make is whisper
-        else {"input_ids": tokens(2, 9), "attention_mask": mask_of(2, 9, 2)}
-    )
-    before, logits, cache = generated(model, **source)
-    beams = generated(model, num_beams=2, **source)[0]
-    report = halve(model, keep=keep)
-    after, halved_logits, halved = generated(model, **source)
-    assert torch.equal(before, after)
-    torch.testing.assert_close(halved_logits, logits)
-    assert torch.equal(generated(model, num_beams=2, **source)[0], beams)
-    assert report.num_halved == len(report.layers) == 4
-    for kind in ("self_attention_cache", "cross_attention_cache"):
-        whole, half = (cache_bytes(getattr(held, kind)) for held in (cache, halved))
-        assert [2 * part for part in half] == whole
 
 
 def ratio(model: Any, length: int) -> tuple[list[int], list[int], HalvingReport]:

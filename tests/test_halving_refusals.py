@@ -9,7 +9,16 @@ import torch
 import transformers
 from torch import nn
 
-from halving_models import MULTI_HEAD, PER_LAYER_INPUTS, gemma, gemma_config, going_on, randomized, tokens
+from halving_models import (
+    ENCODER_DECODER,
+    MULTI_HEAD,
+    PER_LAYER_INPUTS,
+    gemma,
+    gemma_config,
+    going_on,
+    randomized,
+    tokens,
+)
 from twofold.errors import TwofoldError
 from twofold.existing import halve, is_halved, restore
 from twofold.existing.low_bits import quantized_cache
@@ -78,6 +87,14 @@ def test_a_singular_projection():
         for layer in model.model.layers:
             layer.self_attn.k_proj.weight[0] = layer.self_attn.k_proj.weight[1]
     refused(model, "has no inverse")
+
+
+@pytest.mark.parametrize("name", ["t5", "umt5"])
+def test_projections_that_are_not_square(name: str):
+    """As flan-t5-small and mt5-small have them: fewer floats, or more, than the input of a layer."""
+    for width in (4, 16):
+        sentence = refused(randomized(ENCODER_DECODER[name](d_kv=width)), "only as many floats of as many")
+        assert f"make {4 * width} floats of 32" in sentence
 
 
 def test_layers_that_would_lose_too_much_are_left_and_the_others_halved():

@@ -47,18 +47,20 @@ class Fold:
     error: float
 
 
-def fold(kept: Kept, source: Projection, target: Projection, epsilon: float) -> Fold | None:
-    """The map from ``source`` (what is kept) to ``target``; None where the kept projection has no inverse.
+def fold(kept: Kept, source: Projection, target: Projection, epsilon: float) -> Fold | str:
+    """The map from ``source`` (what is kept) to ``target``; or why there is none.
 
     Rounding moves every kept number by a relative error of root mean square ε/√12 (ε, ``epsilon``, is the spacing of numbers at 1; errors are even over
     half of it, on average over a binade a little less), independently of one another. So the lost ones move by Σ_i σ_i² F_ij² · ε²/12 in the mean square.
     """
     rows, columns = source.weight.shape
-    if rows != columns or not bool(torch.isfinite(source.weight).all()):
-        return None
+    if rows != columns:
+        return f"its projections make {columns} floats of {rows}, and only as many floats of as many can be undone"
+    if not bool(torch.isfinite(source.weight).all()):
+        return f"the projection of {kept} holds numbers that are not finite"
     values = torch.linalg.svdvals(source.weight)
     if not bool(values[-1] > values[0] * torch.finfo(torch.float64).eps * rows):
-        return None
+        return f"the projection of {kept}, which would be kept, has no inverse"
     matrix = torch.linalg.solve(source.weight, target.weight)
     moved = (source.variances[:, None] * matrix.square()).sum()
     return Fold(

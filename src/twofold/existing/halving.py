@@ -220,8 +220,8 @@ def _multi_head_plan(
         if family.rotary:
             dims = getattr(layer, "rotary_ndims", multi_head.head_dim(layer))
             rotations = KeyRotations.of(shared_norm.rotary_of(model, name), None, dims)
-    if found is None:
-        return _Plan(layer, replace(both, reason="the projection that would be kept has no inverse"))
+    if isinstance(found, str):
+        return _Plan(layer, replace(both, reason=found))
     said = replace(both, condition=found.condition, predicted_error=found.error, measured_error=error)
     if not error <= max_error:
         reason = f"rounding in the cache would move the other by {error:.2g} of its size, more than max_error = {max_error:g}"
@@ -233,21 +233,24 @@ def _multi_head_plan(
     return _Plan(layer, halved, forward)
 
 
-def _best_fold(layer: Any, family: multi_head.Family, keep: Keep) -> tuple[Fold | None, float]:
-    """The way to make one from the other that rounding harms least, and by how much, measured."""
+def _best_fold(layer: Any, family: multi_head.Family, keep: Keep) -> tuple[Fold | str, float]:
+    """The way to make one from the other that rounding harms least, and by how much, measured; or why there is none."""
     key, value = multi_head.projections(layer, family)
     if keep == "values" and family.rotary:
         raise TwofoldError("its keys turn with their positions, so they are made from no values: keep keys")
     dtype = getattr(layer, family.output).weight.dtype
     ways: dict[Kept, tuple[Projection, Projection]] = {"keys": (key, value), "values": (value, key)}
-    best: tuple[Fold | None, float] = None, math.inf
+    best: Fold | str = ""
+    least = math.inf
     for kept, (source, target) in ways.items():
         if keep not in ("auto", kept) or (kept == "values" and family.rotary):
             continue
         found = fold(kept, source, target, torch.finfo(dtype).eps)
-        if found is not None and (error := measured_error(found, source, target, dtype)) < best[1]:
-            best = found, error
-    return best
+        if isinstance(found, str):
+            best = best or found
+        elif (error := measured_error(found, source, target, dtype)) < least:
+            best, least = found, error
+    return best, least
 
 
 @contextmanager

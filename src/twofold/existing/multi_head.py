@@ -11,7 +11,7 @@ Shapes: B batch, T new tokens, S keys, H heads, D head_dim, C hidden_size, N = H
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ class Family:
     """How the attention modules of some models name their parts.
 
     ``fused`` is the one module of three projections, whose outputs are Q, K, V one after the other, or head by head (``by_head``); else ``projections``
-    names them. ``rotary`` says that keys turn. ``linear`` is the attribute that, where it is set, makes K or V no linear map of the input.
+    names them. ``rotary`` says that keys turn. ``not_linear`` are attributes that, where they are set, make K or V no linear map of the input.
+    ``positional`` is what follows the hidden states where a model gives it by place, ``mask`` what it calls the mask. ``hands_on_bias``: what a layer
+    adds to its logits is an output, for the layers after it.
     """
 
     output: str
@@ -41,33 +43,63 @@ class Family:
     by_head: bool = False
     rotary: bool = False
     not_linear: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ("position_embeddings", "attention_mask", "cache")
+    mask: str = "attention_mask"
+    hands_on_bias: bool = False
 
 
 _LLAMA_LIKE = Family(output="o_proj", rotary=True)
+_T5_LIKE = Family(
+    output="o",
+    projections=("q", "k", "v"),
+    positional=("mask", "key_value_states", "position_bias", "cache"),
+    mask="mask",
+    hands_on_bias=True,
+)
 FAMILIES: Mapping[str, Family] = {
-    "GPT2Attention": Family(output="c_proj", fused="c_attn"),
-    "OPTAttention": Family(output="out_proj"),
-    "GPTNeoXAttention": Family(output="dense", fused="query_key_value", by_head=True, rotary=True),
+    "GPT2Attention": Family(
+        output="c_proj",
+        fused="c_attn",
+        positional=("cache", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "output_attentions"),
+    ),
+    "OPTAttention": Family(output="out_proj", positional=("cache", "attention_mask", "output_attentions")),
+    "GPTNeoXAttention": Family(
+        output="dense",
+        fused="query_key_value",
+        by_head=True,
+        rotary=True,
+        positional=("attention_mask", "layer_past", "position_embeddings"),
+    ),
     "PhiAttention": Family(output="dense", rotary=True, not_linear=("qk_layernorm",)),
     "OlmoAttention": Family(output="o_proj", rotary=True, not_linear=("config.clip_qkv",)),
     "LlamaAttention": _LLAMA_LIKE,
     "MistralAttention": _LLAMA_LIKE,
     "Qwen2Attention": _LLAMA_LIKE,
-    "WhisperAttention": Family(output="out_proj"),
-    "BartAttention": Family(output="out_proj"),
+    "WhisperAttention": Family(
+        output="out_proj", positional=("key_value_states", "cache", "attention_mask", "output_attentions")
+    ),
+    "BartAttention": Family(output="out_proj", positional=("key_value_states", "cache", "attention_mask")),
+    "T5Attention": _T5_LIKE,
+    "MT5Attention": _T5_LIKE,
+    "LongT5Attention": _T5_LIKE,
+    "SwitchTransformersAttention": _T5_LIKE,
+    "UMT5Attention": Family(
+        output="o", projections=("q", "k", "v"), positional=("encoder_hidden_states", "cache", "attention_mask")
+    ),
 }
 """By the class of the attention module."""
 
 
 def head_dim(layer: Any) -> int:
     """D, under whatever name."""
-    return int(getattr(layer, "head_dim", None) or layer.head_size)
+    names = ("head_dim", "head_size", "key_value_proj_dim")
+    return int(next(size for name in names if (size := getattr(layer, name, None))))
 
 
 def num_heads(layer: Any) -> tuple[int, int]:
     """(query heads, KV heads)."""
     config = layer.config
-    own = getattr(layer, "num_heads", None)
+    own = getattr(layer, "num_heads", getattr(layer, "n_heads", None))
     heads = own if isinstance(own, int) else config.num_attention_heads
     groups = getattr(layer, "num_key_value_groups", 1)
     return heads, heads // groups
@@ -144,28 +176,37 @@ class MultiHeadForward:
         self.matrix = found.matrix.to(weight.dtype)
         self.offset = found.offset.to(weight.dtype)
 
-    def __call__(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> tuple[Tensor | None, ...]:
         """The layer's own forward, argument by argument, ``key_value_states`` (or ``encoder_hidden_states``) for cross-attention."""
         layer: Any = self.layer
-        names = _POSITIONAL.get(type(layer).__name__, _USUAL_POSITIONAL)
-        arguments |= dict(zip(names, positional, strict=False))
+        arguments |= dict(zip(self.family.positional, positional, strict=False))
         given = (arguments.get(name) for name in ("key_value_states", "encoder_hidden_states"))
         source = next((states for states in given if states is not None), None)
         crossing = source is not None
-        mask = arguments.get("encoder_attention_mask" if self.family.fused and crossing else "attention_mask")
+        mask = arguments.get("encoder_attention_mask" if self.family.fused and crossing else self.family.mask)
         query = self._query(hidden_states, crossing=crossing)
         own = None if self.rotations is None else self.rotations.of_tokens(arguments["position_embeddings"])
         if own is not None:
             query = own.turn(query)
         reader = Reader(layer, mask, arguments)
         held, lost = self._held(hidden_states if source is None else source, arguments, own, crossing=crossing)
+        reader = replace(reader, bias=self._bias(query, held, arguments))
         if lost is None and query.shape[2] <= head_dim(layer):
             output, weights = self._attend(reader, query, held)
         else:
             lost = self._made(held.stream) if lost is None else lost
             key, value = (held.stream, lost) if self.kept == "keys" else (lost, held.stream)
             output, weights = reader.attend(query, key, value, held.rotation)
-        return getattr(layer, self.family.output)(output.transpose(1, 2).flatten(2)), weights
+        output = getattr(layer, self.family.output)(output.transpose(1, 2).flatten(2))
+        return (output, reader.bias, weights) if self.family.hands_on_bias else (output, weights)
+
+    def _bias(self, query: Tensor, held: Held, arguments: dict[str, Any]) -> Tensor | None:
+        """What T5 and its like add to the logits of self-attention, [1, H, T, S]: that of an earlier layer, or their own."""
+        given: Tensor | None = arguments.get("position_bias")
+        if given is not None or not getattr(self.layer, "has_relative_attention_bias", False):
+            return given
+        lengths = query.shape[2], held.stream.shape[2]
+        return self.layer.compute_bias(*lengths, device=query.device, past_seen_tokens=held.seen)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, N] -> [B, H, T, D]."""
@@ -244,20 +285,3 @@ class MultiHeadForward:
         rows = (weights.flatten(1, 2)[:, None] @ stream).unflatten(2, (self.heads, -1))
         output = torch.einsum("bghtd,gdhe->bhte", rows, mixing)
         return output + offset * weights.sum(dim=-1, keepdim=True), weights
-
-
-_POSITIONAL: Mapping[str, tuple[str, ...]] = {
-    "GPT2Attention": (
-        "cache",
-        "attention_mask",
-        "encoder_hidden_states",
-        "encoder_attention_mask",
-        "output_attentions",
-    ),
-    "GPTNeoXAttention": ("attention_mask", "layer_past", "position_embeddings"),
-    "OPTAttention": ("cache", "attention_mask", "output_attentions"),
-    "WhisperAttention": ("key_value_states", "cache", "attention_mask", "output_attentions"),
-    "BartAttention": ("key_value_states", "cache", "attention_mask"),
-}
-"""What follows the hidden states where a model gives it by place; elsewhere: position_embeddings, attention_mask, cache."""
-_USUAL_POSITIONAL = ("position_embeddings", "attention_mask", "cache")

@@ -9,7 +9,7 @@ Shapes: B batch, T new tokens, S keys, H query heads, G KV heads, D head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,11 +29,12 @@ MAX_QUERIES_FOLDED = 16
 
 @dataclass(frozen=True)
 class Held:
-    """All that a query may read: the stream [B, G, S, D], how its keys turn, and whether it holds the new tokens and no others."""
+    """All that a query may read: the stream [B, G, S, D], how its keys turn, whether it holds the new tokens and no others, and how many it held before."""
 
     stream: Tensor
     rotation: Rotation | None
     is_new: bool
+    seen: int | Tensor = 0
 
 
 def cache_of(arguments: dict[str, Any]) -> Any:
@@ -68,22 +69,26 @@ def read(
     num_new, num_keys = stream.shape[2], every.shape[2]
     is_new = num_keys == num_new and isinstance(seen, int) and seen == 0
     if rotations is None or is_new:
-        return Held(every, own, is_new)
+        return Held(every, own, is_new, seen)
     if position_ids is None:
         raise TwofoldError(
             f"{type(layer).__name__} was given a cache and no position_ids, without which no key can be turned."
         )
     positions = key_positions(num_keys, seen + num_new - 1, position_ids, attention_mask)
-    return Held(every, rotations.at(positions, stream), is_new)
+    return Held(every, rotations.at(positions, stream), is_new, seen)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Attention of a layer that others wrote. Raises TwofoldError for an implementation whose masks it does not understand."""
+    """Attention of a layer that others wrote; ``bias`` [1 or B, H, T, S] is added to its logits.
+
+    Raises TwofoldError for an implementation whose masks it does not understand.
+    """
 
     layer: nn.Module
     attention_mask: Tensor | None
     arguments: dict[str, Any]
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.implementation not in IMPLEMENTATIONS:
@@ -103,11 +108,14 @@ class Reader:
         if is_causal is None:
             is_causal = getattr(self.layer, "is_causal", True)
         is_causal = bool(is_causal) and num_queries > 1
+        slots = torch.arange(max(num_queries, num_keys), device=query.device)
+        # The queries are those of the first keys, and not of the last, in a prompt in a cache with room for more: there no mask means what it means to
+        # PyTorch. Nor are they of the last keys where there are fewer keys, as in a short source that a long text attends to.
+        places = slots[:num_queries], slots[:num_keys]
         if self.attention_mask is None and is_causal and num_queries < num_keys:
-            # A prompt in a cache with room for more: no mask means here, as it does to PyTorch, that the queries are those of the first keys.
-            slots = torch.arange(num_keys, device=query.device)
-            return Mask(causal=True, positions=(slots[:num_queries], slots)), None
-        return mask_and_bias(self.attention_mask, None, query, is_causal=is_causal)
+            return Mask(causal=True, positions=places), self.bias
+        said, bias = mask_and_bias(self.attention_mask, self.bias, query, is_causal=is_causal)
+        return (replace(said, positions=places) if num_queries > num_keys else said), bias
 
     def attend(
         self,
