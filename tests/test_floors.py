@@ -145,9 +145,10 @@ def test_no_import_hides_in_a_function():
 
 
 def test_kernels_import_nothing_of_ours_but_errors():
+    """And the way to name a module that is imported when it is used: Triton's."""
     for name, targets in graph().items():
         if name.split(".")[0] == "kernels":
-            assert {target for target in targets if target.split(".")[0] != "kernels"} <= {"errors"}, name
+            assert {target for target in targets if target.split(".")[0] != "kernels"} <= {"errors", "lazy"}, name
 
 
 def test_the_torch_free_floors_load_no_torch():

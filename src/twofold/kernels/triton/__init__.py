@@ -1,0 +1,51 @@
+"""Where Triton runs. The modules of this package hold what is compiled for a GPU, and import Triton at their top; nothing else of the project does.
+
+A backend names such a module by :class:`twofold.lazy.Lazy`, so that it is imported with the first call: who has no Triton, or no GPU, never waits for it.
+On a CPU there is Triton's interpreter, which is slow and serves tests: it is on where ``TRITON_INTERPRET=1`` was set before Triton was first imported.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+IS_INSTALLED = find_spec("triton") is not None
+INTERPRETED_MULTIPROCESSORS = 4
+"""Of the interpreter: so few that small tests share a sequence out among several programs, and so many that they do."""
+
+
+@torch.compiler.assume_constant_result
+def why_not(device: str) -> str:
+    """Why Triton cannot run on a device ("cuda", "cpu"); empty: it can."""
+    if not IS_INSTALLED:
+        return "Triton is not installed"
+    if device == "cpu":
+        return "" if is_interpreting() else "it runs on a GPU"
+    if device != "cuda":
+        return f"it runs on a GPU that torch calls cuda, and not on {device}"
+    if not torch.cuda.is_available():
+        return "there is no GPU here"
+    major, minor = compute_capability()
+    return "" if major >= 8 else f"the GPU's compute capability is {major}.{minor}, and 8.0 is the least"
+
+
+def is_interpreting() -> bool:
+    """Whether kernels are carried out by Triton's interpreter. Read from the environment, as Triton itself does when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def compute_capability() -> tuple[int, int]:
+    """That of the GPU in use."""
+    return torch.cuda.get_device_capability()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs, or small groups of them, run at a time."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
