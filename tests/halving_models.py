@@ -122,6 +122,14 @@ MULTI_HEAD: dict[str, Callable[[], nn.Module]] = {
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_SIZES)),
 }
 
+WINDOWED: dict[str, Callable[[], nn.Module]] = {
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(sliding_window=5, **_SIZES)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(use_sliding_window=True, sliding_window=6, max_window_layers=1, **_SIZES)
+    ),
+}
+"""Every layer, or the second, sees the last few tokens alone."""
+
 
 # What a user calls T5 has many names; all are square here but for what a test changes.
 _T5: dict[str, Any] = {

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from halving_models import (
     MULTI_HEAD,
     PER_LAYER_INPUTS,
+    WINDOWED,
     cache_bytes,
     cache_of,
     diffusion_gemma,
@@ -70,15 +71,16 @@ def outcomes(model: Any, length: int, padding: int) -> dict[str, Tensor]:
     return said
 
 
-@pytest.mark.parametrize("name", ["gemma", "llama"])
+@pytest.mark.parametrize("name", ["gemma", "llama", "mistral"])
 def test_padding_in_the_middle_of_a_text(name: str):
     with norms_in_float64():
-        model = gemma() if name == "gemma" else randomized(MULTI_HEAD[name]())
+        model = gemma() if name == "gemma" else randomized((WINDOWED | {"llama": MULTI_HEAD["llama"]})[name]())
         text, mask = tokens(2, 15), mask_of(2, 15, 2)
-        mask[1, 4:7] = 0
+        mask[1, 4:7] = mask[1, 11:13] = 0
         alike = {"input_ids": text, "attention_mask": mask}
         before = generated(model, **alike)
         static = generated(model, cache_implementation="static", disable_compile=True, **alike)
+        chunks = generated(model, prefill_chunk_size=6, **alike)
         # Positions that count the padding too, as a bare forward pass has them.
         first = cache_of(model(text[:, :9], attention_mask=mask[:, :9], use_cache=True))
         counted = model(text[:, 9:], attention_mask=mask, **going_on(model, first)).logits
@@ -86,6 +88,7 @@ def test_padding_in_the_middle_of_a_text(name: str):
         for expected, found in (
             (before, generated(model, **alike)),
             (static, generated(model, cache_implementation="static", disable_compile=True, **alike)),
+            (chunks, generated(model, prefill_chunk_size=6, **alike)),
         ):
             assert torch.equal(expected[0], found[0])
             torch.testing.assert_close(found[1], expected[1])
@@ -131,6 +134,18 @@ def test_a_halved_multi_head_model_is_the_model(name: str, keep: Any):
     restore(model)
     again = outcomes(model, 13, 3)
     assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+@pytest.mark.parametrize("length", [4, 13])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_multi_head_layers_with_windows(name: str, length: int):
+    model = randomized(WINDOWED[name]())
+    before = outcomes(model, length, 3)
+    report = halve(model)
+    assert [layer.window_tokens for layer in report.layers] == {"mistral": [5, 5], "qwen2": [0, 6]}[name]
+    check(before, outcomes(model, length, 3), 1e-5)
+    restore(model)
+    assert all(torch.equal(found, before[what]) for what, found in outcomes(model, length, 3).items())
 
 
 def ratio(model: Any, length: int) -> tuple[list[int], list[int], HalvingReport]:

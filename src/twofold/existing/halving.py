@@ -210,7 +210,13 @@ def _multi_head_plan(
     model: nn.Module, name: str, layer: Any, family: multi_head.Family, choice: tuple[Keep, float]
 ) -> _Plan:
     floats = multi_head.num_heads(layer)[1] * multi_head.head_dim(layer)
-    both = LayerReport(name, "both", multi_head.why_not(layer, family), (2 * floats, 2 * floats))
+    both = LayerReport(
+        name,
+        "both",
+        multi_head.why_not(layer, family),
+        (2 * floats, 2 * floats),
+        window_tokens=multi_head.window_tokens(layer),
+    )
     if both.reason:
         return _Plan(layer, both)
     keep, max_error = choice

@@ -82,20 +82,31 @@ class KeyRotations:
 
 
 def key_positions(
-    num_keys: int, last_slot: int | Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
+    num_keys: int, total: int | Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Where each of S cached keys stands, [B or 1, S], given the positions [B or 1, T] of the new tokens, the last of which is in ``last_slot``.
+    """Where each of S cached keys stands, [B or 1, S], given the positions [B or 1, T] of the new tokens, the last of ``total`` that have been read.
 
-    Tokens of a text are successive, so a key stands as far before the last token as its slot is before that one's. Where a mask [B, 1, T, S] hides
-    slots and the last token's position counts only those that it sees, as ``generate`` counts, so does every key's: there may be padding in the middle
-    of a text. Slots that nobody sees get some position or other that the table has.
+    Tokens of a text are successive, so a key stands as far before the last token as its slot is before that one's; the last slot is that of the last
+    token where a window has let go of earlier ones. A token that stands before its slot counts only the tokens that are no padding, as ``generate``
+    counts: so does every key, and the mask [B or 1, 1 or H, T, S] says which slots are padding, in the middle of a text too. Slots that nobody sees get
+    some position or other that the table has.
     """
-    slots = torch.arange(num_keys, device=position_ids.device)
-    last = position_ids[:, -1:]
-    by_slot = (slots[None] - last_slot + last).clamp(min=0)
+    slots, num_new = torch.arange(num_keys, device=position_ids.device), position_ids.shape[1]
+    filled = total.clamp(max=num_keys) if isinstance(total, Tensor) else min(total, num_keys)
     if attention_mask is None:
-        return by_slot
-    seen = attention_mask[:, 0, -1]
-    seen = seen if seen.dtype == torch.bool else seen == 0
-    counted = seen.long().cumsum(dim=-1) - 1
-    return torch.where(counted[:, -1:] == last, counted.clamp(min=0), by_slot)
+        return (slots - (filled - 1) + position_ids[:, -1:]).clamp(min=0)
+    batch = max(len(position_ids), len(attention_mask))
+    seen = is_seen(attention_mask)[:, 0].any(dim=-2).expand(batch, -1)
+    # The last of the new tokens that is no padding, the position of which may be any.
+    latest = (seen[:, slots[:num_new] + (filled - num_new)] * slots[:num_new]).argmax(dim=-1, keepdim=True)
+    last, slot = position_ids.expand(batch, -1).gather(1, latest), filled - num_new + latest
+    counted = seen.long().cumsum(dim=-1)
+    by_count, by_slot = counted - counted.gather(1, slot) + last, slots - slot + last
+    return torch.where(last < total - num_new + latest, by_count, by_slot).clamp(min=0)
+
+
+def is_seen(attention_mask: Tensor) -> Tensor:
+    """Which keys a mask lets be seen, True: of a mask that is added to the logits, those to which it adds no number as good as minus infinity."""
+    if attention_mask.dtype == torch.bool:
+        return attention_mask
+    return attention_mask > torch.finfo(attention_mask.dtype).min / 2

@@ -105,6 +105,11 @@ def num_heads(layer: Any) -> tuple[int, int]:
     return heads, heads // groups
 
 
+def window_tokens(layer: Any) -> int:
+    """How many tokens a layer sees at most; 0: all."""
+    return getattr(layer, "sliding_window", getattr(layer.config, "sliding_window", None)) or 0
+
+
 def family_of(layer: nn.Module) -> Family | None:
     """The family of an attention module; None for one that is not known."""
     return FAMILIES.get(type(layer).__name__)

@@ -74,7 +74,7 @@ def read(
         raise TwofoldError(
             f"{type(layer).__name__} was given a cache and no position_ids, without which no key can be turned."
         )
-    positions = key_positions(num_keys, seen + num_new - 1, position_ids, attention_mask)
+    positions = key_positions(num_keys, seen + num_new, position_ids, attention_mask)
     return Held(every, rotations.at(positions, stream), is_new, seen)
 
 

@@ -1,0 +1,124 @@
+"""Masks that a user makes: added to the logits, four-dimensional, with biases of their own, read as the model reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from halving_models import (
+    ENCODER_DECODER,
+    MULTI_HEAD,
+    cache_of,
+    gemma,
+    going_on,
+    norms_in_float64,
+    randomized,
+    source_of,
+    tokens,
+)
+from twofold.existing import halve, restore
+from twofold.existing.key_rotations import is_seen, key_positions
+
+FIRST, LENGTH, PADDING = 7, 12, 2
+
+
+def added_mask(kind: str, heads: int) -> Tensor:
+    """[2, 1 or H, S, S]: what may not be seen is the lowest number; the first text begins late, and of what is seen keys far away are seen less."""
+    allowed = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    allowed[0, :, :, :PADDING] = False
+    allowed[0, :, :PADDING, :PADDING] = True  # padding sees padding: a row that sees nothing is no softmax
+    behind = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
+    slopes = 2.0 ** -torch.arange(1, heads + 1) if kind == "per head" else torch.tensor([0.5])
+    bias = torch.zeros(1) if kind == "plain" else -slopes[:, None, None] * behind
+    lowest = -torch.inf if kind == "infinite" else torch.finfo(torch.float64).min
+    return torch.where(allowed, bias.double(), lowest)
+
+
+@torch.no_grad()
+def said(model: Any, mask: Tensor, positions: Tensor) -> list[Tensor]:
+    """At once, and in three steps from a cache."""
+    text = tokens(2, LENGTH)
+
+    def rows(begin: int, until: int, cache: Any) -> Any:
+        part = mask[:, :, begin:until, :until]
+        per_kind = dict.fromkeys(set(getattr(model.config, "layer_types", None) or ()), part)
+        given: Any = per_kind if model.config.model_type == "gemma4_text" else part
+        asked = {"attention_mask": given, "position_ids": positions[:, begin:until], "use_cache": True}
+        return model(text[:, begin:until], **asked, **({} if cache is None else going_on(model, cache)))
+
+    whole, first = rows(0, LENGTH, None), rows(0, FIRST, None)
+    further = rows(FIRST, LENGTH - 1, cache_of(first))
+    last = rows(LENGTH - 1, LENGTH, cache_of(further))
+    return [whole.logits, first.logits, further.logits, last.logits]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["plain", "infinite", "biased", "per head"])
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "opt", "llama"])
+def test_masks_that_are_added_to_the_logits(name: str, kind: str, attention: str):
+    model = gemma(sliding_window=LENGTH + 1) if name == "gemma" else randomized(MULTI_HEAD[name]())
+    model.set_attn_implementation(attention)
+    mask = added_mask(kind, heads=4)
+    counted = torch.arange(LENGTH).repeat(2, 1)
+    counted[0] = (counted[0] - PADDING).clamp(min=0)
+    with norms_in_float64():
+        for positions in (counted, torch.arange(LENGTH).repeat(2, 1)):
+            before = said(model, mask, positions)
+            halve(model)
+            after = said(model, mask, positions)
+            for expected, found in zip(before, after, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            restore(model)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5", "umt5"])
+def test_masks_of_decoders_that_are_added_to_the_logits(name: str):
+    model = randomized(ENCODER_DECODER[name]())
+    model.set_attn_implementation("eager")
+    asked = source_of(name) | {
+        "decoder_input_ids": tokens(2, LENGTH),
+        "decoder_attention_mask": added_mask("biased", 4),
+    }
+    before = model(**asked).logits
+    halve(model)
+    torch.testing.assert_close(model(**asked).logits, before)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    padding=st.integers(0, 3),
+    middle=st.sets(st.integers(4, 13)),
+    total=st.integers(11, 15),
+    new=st.integers(1, 4),
+    window=st.integers(5, 20),
+    room=st.integers(0, 3),
+    skips=st.booleans(),
+    floats=st.booleans(),
+)
+def test_every_key_that_is_seen_stands_where_it_stood(
+    padding: int, middle: set[int], total: int, new: int, window: int, room: int, skips: bool, floats: bool
+):
+    """Against positions that are written down token by token: padding in front and in the middle, windows that let go, and room that is not filled."""
+    real = torch.tensor([slot >= padding and slot not in middle for slot in range(total)])
+    assume(real[total - new :].any())
+    positions = torch.where(real, real.cumsum(0) - 1, 1) if skips else torch.arange(total)
+    queries = torch.arange(total - new, total)
+    behind = queries[:, None] - torch.arange(total)
+    seen = real & (behind >= 0) & (behind < window)
+    kept = min(total, window - 1 + new)
+    if kept == total:
+        seen, where = torch.nn.functional.pad(seen, (0, room)), torch.nn.functional.pad(positions, (0, room))
+    else:
+        seen, where = seen[:, total - kept :], positions[total - kept :]
+    mask = torch.where(seen, -0.25, torch.finfo(torch.float32).min) if floats else seen
+    visible, given = seen.any(dim=0), positions[None, total - new :]
+    for rows, texts in ((1, 1), (1, 2), (2, 1)):  # of positions and of masks
+        found = key_positions(seen.shape[1], total, given.repeat(rows, 1), mask.repeat(texts, 1, 1, 1))
+        assert found.shape[0] == max(rows, texts)
+        assert all(torch.equal(row[visible], where[visible]) for row in found)
+    assert torch.equal(is_seen(mask), seen)
