@@ -14,13 +14,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from twofold.errors import TwofoldError
-from twofold.existing import multi_head, shared_norm
+from twofold.existing import multi_head, refusals, shared_norm
 from twofold.existing.fold import Fold, Kept, Projection, fold, measured_error
 from twofold.existing.key_rotations import KeyRotations
 
@@ -92,11 +93,13 @@ def halve(model: nn.Module, *, keep: Keep = "auto", max_error: float = DEFAULT_M
     ``keep`` is for multi-head models: keep keys, values, or whichever the other is better made from. Layers beyond ``max_error`` are left as they are.
     Raises TwofoldError, one sentence, and changes nothing, for a model that cannot be halved at all.
     """
-    _check_state(model)
+    if any(is_halved(module) for module in model.modules()):
+        raise TwofoldError(f"This {type(model).__name__} is halved already: call twofold.restore(model) first.")
+    refusals.check_model(model)
     plans = list(_plans(model, keep, max_error))
     reports = tuple(plan.report for plan in plans if plan.report is not None)
     if not any(report.is_halved for report in reports):
-        reasons = dict.fromkeys(report.reason for report in reports)
+        reasons = dict.fromkeys(report.reason for report in reports) or ["they have no cache of their own"]
         raise TwofoldError(f"No layer of {type(model).__name__} can be halved: {'; '.join(reasons)}.")
     shared_norm.check_pairs(model)
     for plan in plans:
@@ -109,11 +112,7 @@ def restore(model: nn.Module) -> None:
     """Undo :func:`halve`; a model that is not halved stays as it is."""
     for layer in model.modules():
         if is_halved(layer):
-            if hasattr(layer, "_hf_hook"):
-                layer._old_forward = layer._twofold_forward
-            else:
-                del layer.forward
-            del layer._twofold_forward
+            _restore_forward(layer)
 
 
 def is_halved(module: nn.Module) -> bool:
@@ -123,32 +122,24 @@ def is_halved(module: nn.Module) -> bool:
 
 def _set_forward(layer: Any, forward: Any) -> None:
     """Put ``forward`` in the place of the layer's own; under Accelerate's hooks, which move tensors between devices, below those."""
-    hooked = hasattr(layer, "_hf_hook")
-    layer._twofold_forward = layer._old_forward if hooked else None
-    if hooked:
-        layer._old_forward = forward
+    name = _forward_name(layer)
+    layer._twofold_forward = vars(layer).get(name)
+    setattr(layer, name, forward)
+
+
+def _restore_forward(layer: Any) -> None:
+    """Hooks may have come, or gone, since."""
+    name, own = _forward_name(layer), layer._twofold_forward
+    del layer._twofold_forward
+    if own is not None or name != "forward":
+        setattr(layer, name, MethodType(type(layer).forward, layer) if own is None else own)
     else:
-        layer.forward = forward
+        del layer.forward
 
 
-def _check_state(model: nn.Module) -> None:
-    name = type(model).__name__
-    if any(is_halved(module) for module in model.modules()):
-        raise TwofoldError(f"This {name} is halved already: call twofold.restore(model) first.")
-    if model.training:
-        raise TwofoldError(f"This {name} is in training: halving serves inference, so call model.eval() first.")
-    if any(hasattr(module, "lora_A") or hasattr(module, "base_layer") for module in model.modules()):
-        raise TwofoldError(f"This {name} carries adapters that are not merged: call merge_and_unload() first.")
-    parameters = list(model.named_parameters())
-    for parameter_name, parameter in parameters:
-        if parameter.is_meta:
-            raise TwofoldError(
-                f"{parameter_name} of this {name} is on the meta device and holds no numbers: load its weights first."
-            )
-        if hasattr(parameter, "placements"):
-            raise TwofoldError(
-                f"{parameter_name} of this {name} is split over devices: halve each model as a whole, without tensor parallelism."
-            )
+def _forward_name(layer: Any) -> str:
+    """Where a layer's own forward is."""
+    return "_old_forward" if hasattr(layer, "_old_forward") else "forward"
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -164,22 +155,15 @@ def _plans(model: nn.Module, keep: Keep, max_error: float) -> Iterator[_Plan]:
             raise TwofoldError(
                 f"{type(model).__name__} already caches one tensor that is key and value: there is nothing to halve."
             )
+        found = found or kind in shared_norm.CLASSES or family is not None
         if kind in shared_norm.CLASSES:
             yield _shared_norm_plan(model, name, layer)
-        elif family is not None and getattr(layer, "layer_idx", None) is not None and _decodes(layer):
+        elif family is not None and multi_head.has_cache(layer):
             yield _multi_head_plan(model, name, layer, family, (keep, max_error))
-        else:
-            continue
-        found = True
     if not found:
         classes = (*shared_norm.CLASSES, *multi_head.FAMILIES)
         known = ", ".join(sorted(known.removesuffix("Attention") for known in classes))
         raise TwofoldError(f"{type(model).__name__} has no attention that is known here: known are {known}.")
-
-
-def _decodes(layer: Any) -> bool:
-    """Whether a layer is one of a decoder: an encoder's has no cache."""
-    return bool(getattr(layer, "is_decoder", True))
 
 
 def _shared_norm_plan(model: nn.Module, name: str, layer: Any) -> _Plan:
@@ -187,17 +171,19 @@ def _shared_norm_plan(model: nn.Module, name: str, layer: Any) -> _Plan:
         return _Plan(layer, None)  # it reads what an earlier layer has cached
     reads_only = shared_norm.reads_only(layer)
     reason = shared_norm.why_not(layer)
-    floats = layer.k_proj.out_features
+    heads = layer.config.num_attention_heads
+    kv_heads = heads // layer.num_key_value_groups
+    floats = kv_heads * layer.head_dim
     window = (layer.sliding_window or 0) if layer.is_sliding else 0
     forward = None
     if not reason:
         with _reason(model, name):
+            refusals.check_layer(layer)
             forward = shared_norm.SharedNormForward(layer, shared_norm.rotary_of(model, name))
     if reads_only:
         return _Plan(layer, None, forward)
     counts = (2 * floats, floats if forward else 2 * floats)
     # Dimensions that turn are multiplied apart, and turned: 6 operations for each of them and KV head.
-    heads, kv_heads = layer.q_proj.out_features // layer.head_dim, floats // layer.head_dim
     turning = 2 * forward.rotations.pairs if forward else 0
     arithmetic = 1 + turning * (2 * heads + 6 * kv_heads) / (4 * heads * layer.head_dim)
     report = LayerReport(
@@ -221,6 +207,7 @@ def _multi_head_plan(
         return _Plan(layer, both)
     keep, max_error = choice
     with _reason(model, name):
+        refusals.check_layer(layer)
         found, error = _best_fold(layer, family, keep)
         rotations = None
         if family.rotary:
@@ -244,7 +231,7 @@ def _best_fold(layer: Any, family: multi_head.Family, keep: Keep) -> tuple[Fold 
     key, value = multi_head.projections(layer, family)
     if keep == "values" and family.rotary:
         raise TwofoldError("its keys turn with their positions, so they are made from no values: keep keys")
-    dtype = getattr(layer, family.output).weight.dtype
+    dtype = multi_head.weight_dtype(layer, family)
     ways: dict[Kept, tuple[Projection, Projection]] = {"keys": (key, value), "values": (value, key)}
     best: Fold | str = ""
     least = math.inf

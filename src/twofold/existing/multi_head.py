@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from twofold.errors import TwofoldError
 from twofold.existing.fold import Fold, Projection
 from twofold.existing.key_rotations import KeyRotations
-from twofold.existing.reading import Held, Reader, append, cache_of, read
+from twofold.existing.reading import Held, Reader, append, cache_of, check_halved, read
+from twofold.existing.refusals import why_no_numbers
 from twofold.kernels import Rotation
 from twofold.kernels.folded import weights_of
 
@@ -115,6 +116,11 @@ def family_of(layer: nn.Module) -> Family | None:
     return FAMILIES.get(type(layer).__name__)
 
 
+def has_cache(layer: Any) -> bool:
+    """Whether an attention module has a cache: an encoder's has none."""
+    return getattr(layer, "layer_idx", None) is not None and bool(getattr(layer, "is_decoder", True))
+
+
 def why_not(layer: Any, family: Family) -> str:
     """Why K and V of a layer do not follow from one another; empty: they may."""
     heads, kv_heads = num_heads(layer)
@@ -135,7 +141,7 @@ def why_not(layer: Any, family: Family) -> str:
 
 
 def projections(layer: Any, family: Family) -> tuple[Projection, Projection]:
-    """Those of K and V. Raises TwofoldError for weights that are held in another form than numbers (quantized) and for those of a fine-tuning adapter."""
+    """Those of K and V. Raises TwofoldError for weights that are held in another form than numbers."""
     if family.fused:
         weight, bias = _linear(getattr(layer, family.fused))
         parts = weight.shape[1] // (heads := num_heads(layer)[0]) // head_dim(layer)
@@ -155,14 +161,17 @@ def projections(layer: Any, family: Family) -> tuple[Projection, Projection]:
     return key, value
 
 
-def _linear(module: nn.Module) -> tuple[Tensor, Tensor]:
+def weight_dtype(layer: Any, family: Family) -> torch.dtype:
+    """Of the numbers in the projections of K and V."""
+    dtype: torch.dtype = getattr(layer, family.fused or family.projections[1]).weight.dtype
+    return dtype
+
+
+def _linear(module: Any) -> tuple[Tensor, Tensor]:
     """W [C, N] and b [N] in float64."""
-    weight = getattr(module, "weight", None)
-    if type(module) not in (nn.Linear, Conv1D) or not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise TwofoldError(
-            f"its projection is a {type(module).__name__}, whose weights cannot be inverted: merge adapters, or load the model without quantization"
-        )
-    matrix = weight.detach().double()
+    if reason := why_no_numbers(module):
+        raise TwofoldError(reason)
+    matrix = module.weight.detach().double()
     bias = getattr(module, "bias", None)
     matrix = matrix if isinstance(module, Conv1D) else matrix.T
     return matrix, matrix.new_zeros(matrix.shape[1]) if bias is None else bias.detach().double()
@@ -177,9 +186,9 @@ class MultiHeadForward:
         self.kept = found.kept
         self.rotations = rotations
         self.heads = num_heads(layer)[0]
-        weight = getattr(layer, family.output).weight
-        self.matrix = found.matrix.to(weight.dtype)
-        self.offset = found.offset.to(weight.dtype)
+        dtype = weight_dtype(layer, family)
+        self.matrix = found.matrix.to(dtype)
+        self.offset = found.offset.to(dtype)
 
     def __call__(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> tuple[Tensor | None, ...]:
         """The layer's own forward, argument by argument, ``key_value_states`` (or ``encoder_hidden_states``) for cross-attention."""
@@ -251,6 +260,7 @@ class MultiHeadForward:
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.cross_attention_cache if crossing else cache.self_attention_cache
             if crossing and whole.is_updated.get(index):
+                check_halved(cache, index)
                 return Held(cache.layers[index].keys, None, is_new=False), None
         key, value = self._pair(states)
         kept, lost = (key, value) if self.kept == "keys" else (value, key)

@@ -43,8 +43,19 @@ def cache_of(arguments: dict[str, Any]) -> Any:
     return next((cache for cache in given if cache is not None), None)
 
 
+def check_halved(cache: Any, layer_index: int) -> None:
+    """Raise TwofoldError for a cache that this layer filled with keys and values before it was halved."""
+    layers = getattr(cache, "layers", ())
+    values = vars(layers[layer_index]).get("values") if layer_index < len(layers) else None
+    if isinstance(values, Tensor) and values.shape[-1]:
+        raise TwofoldError(
+            "This cache holds keys and values apart, as before the model was halved: read the text again with a new cache."
+        )
+
+
 def append(cache: Any, stream: Tensor, layer_index: int) -> tuple[Tensor, int | Tensor]:
     """Hold the stream [B, G, T, D] of T more tokens: the stream of all, and how many there were before."""
+    check_halved(cache, layer_index)
     seen = cache.get_seq_length(layer_index)
     if isinstance(seen, Tensor):
         seen = seen.clone()  # which appending counts up
