@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from halving_models import (
     tokens,
 )
 from twofold.existing import HalvingReport, halve, restore
-from twofold.existing.low_bits import quantized_cache
 
 NEW = 6
 
@@ -233,67 +231,6 @@ def test_eager_attention_gives_its_weights():
     after = model(text, output_attentions=True).attentions
     for expected, found in zip(before, after, strict=True):
         torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", ["gemma", "gpt2", "llama"])
-def test_one_tensor_in_few_bits(name: str, bits: int):
-    model = (gemma() if name == "gemma" else randomized(MULTI_HEAD[name](), std=0.1)).float()
-    text = tokens(1, 48)
-    halve(model)
-    exact = model(text).logits
-    cache = quantized_cache(model, bits=bits, group_size=8, tail_tokens=4)
-    model(text[:, :40], **going_on(model, cache))
-    rounded = model(text[:, 40:], **going_on(model, cache)).logits
-    error = (rounded - exact[:, 40:]).square().mean().sqrt() / exact[:, 40:].square().mean().sqrt()
-    assert 0 < error < (0.05 if bits == 8 else 0.6)
-    halved = next(layer for layer in cache.layers if hasattr(layer, "old"))
-    codes = sum(old.codes.nbytes for old in halved.old)
-    assert codes == 44 * halved.tail[0].shape[1] * halved.tail[0].shape[3] * bits // 8
-
-
-def test_several_threads_generate_at_once():
-    model = gemma()
-    halve(model)
-    texts = [tokens(1, 9 + index, seed=index) for index in range(4)]
-    expected = [generated(model, input_ids=text)[0] for text in texts]
-    found: dict[int, Tensor] = {}
-
-    def work(index: int) -> None:
-        found[index] = generated(model, input_ids=texts[index])[0]
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(found[index], expected[index]) for index in range(4))
-
-
-def test_a_copied_model_is_halved_by_itself():
-    model = gemma()
-    halve(model)
-    other = copy.deepcopy(model)
-    restore(model)
-    text = tokens(1, 20)
-    whole, half = (sum(cache_bytes(cache_of(one(text, use_cache=True)))) for one in (model, other))
-    assert half < whole
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-    assert other(text).logits.abs().max() > 0
-
-
-def test_what_is_saved_is_the_model_as_it_was(tmp_path: Any):
-    model = gemma().float()
-    text = tokens(1, 12)
-    before = model(text).logits
-    halve(model)
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert torch.equal(loaded(text).logits, before)
-    halve(loaded)
-    assert torch.equal(loaded(text).logits, model(text).logits)
 
 
 def test_the_wrapper_with_images_is_halved_where_its_text_is():

@@ -50,8 +50,9 @@ class Fold:
 def fold(kept: Kept, source: Projection, target: Projection, epsilon: float) -> Fold | str:
     """The map from ``source`` (what is kept) to ``target``; or why there is none.
 
-    Rounding moves every kept number by a relative error of root mean square ε/√12 (ε, ``epsilon``, is the spacing of numbers at 1; errors are even over
-    half of it, on average over a binade a little less), independently of one another. So the lost ones move by Σ_i σ_i² F_ij² · ε²/12 in the mean square.
+    Rounding moves every kept number, and every number of F, by a relative error of root mean square ε/√12 (ε, ``epsilon``, is the spacing of numbers at 1;
+    errors are even over half of it, on average over a binade a little less), independently of one another. So the lost ones move by
+    2 Σ_i σ_i² F_ij² · ε²/12 in the mean square.
     """
     rows, columns = source.weight.shape
     if rows != columns:
@@ -62,7 +63,7 @@ def fold(kept: Kept, source: Projection, target: Projection, epsilon: float) -> 
     if not bool(values[-1] > values[0] * torch.finfo(torch.float64).eps * rows):
         return f"the projection of {kept}, which would be kept, has no inverse"
     matrix = torch.linalg.solve(source.weight, target.weight)
-    moved = (source.variances[:, None] * matrix.square()).sum()
+    moved = 2 * (source.variances[:, None] * matrix.square()).sum()
     return Fold(
         kept=kept,
         matrix=matrix,
@@ -75,9 +76,10 @@ def fold(kept: Kept, source: Projection, target: Projection, epsilon: float) -> 
 def measured_error(
     found: Fold, source: Projection, target: Projection, dtype: torch.dtype, *, samples: int = 256
 ) -> float:
-    """What rounding to ``dtype`` does, measured on drawn inputs of unit variance: the error of the lost ones over their size."""
+    """What rounding the kept ones and the map to ``dtype`` does, measured on drawn inputs of unit variance: the error of the lost ones over their size."""
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(samples, source.weight.shape[0], dtype=torch.float64, generator=draw).to(source.weight.device)
     kept = (inputs @ source.weight + source.bias).to(dtype).double()
     lost = inputs @ target.weight + target.bias
-    return float((kept @ found.matrix + found.offset - lost).square().mean().sqrt() / lost.square().mean().sqrt())
+    matrix, offset = found.matrix.to(dtype).double(), found.offset.to(dtype).double()
+    return float((kept @ matrix + offset - lost).square().mean().sqrt() / lost.square().mean().sqrt())

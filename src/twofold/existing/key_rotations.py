@@ -60,11 +60,12 @@ class KeyRotations:
         key = (like.device, like.dtype)
         # Looking at the last position waits for the device once per layer and step; a table saves making all of it anew.
         length = int(positions.max()) + 1
-        if key not in self._tables or self._tables[key].cosine.shape[-2] < length:
+        table = self._tables.get(key)
+        if table is None or table.cosine.shape[-2] < length:
             with torch.inference_mode(False), torch.no_grad():
                 every = torch.arange(1 << (length - 1).bit_length(), device=like.device)[None]
-                self._tables[key] = self.of_tokens(self._angles(every, like.new_empty(1)))
-        table = self._tables[key]
+                # Read here and not from the dictionary, where another thread may have put a shorter one since.
+                self._tables[key] = table = self.of_tokens(self._angles(every, like.new_empty(1)))
         if positions.shape[0] == 1 or bool((positions == positions[:1]).all()):
             first = int(positions[0, 0])
             if bool((positions[0] == torch.arange(first, first + positions.shape[1], device=positions.device)).all()):

@@ -35,14 +35,18 @@ def quantized_cache(
 ) -> DynamicCache:
     """A cache for a halved model whose halved layers hold their tensor in ``bits``, all but the last ``tail_tokens``; the others are as they were.
 
-    Give it to ``generate`` or a forward pass as ``past_key_values``; each text or batch needs one of its own. Raises TwofoldError for a model that is
-    not halved, and for bits that there are not.
+    Give it to ``generate`` or a forward pass as ``cache`` (``past_key_values`` in older releases); each text or batch needs one of its own. Raises
+    TwofoldError for a model that is not halved or reads an encoder too, and for bits that there are not.
     """
     layers: list[Any] = [layer for layer in model.modules() if is_halved(layer)]
     if not layers:
         raise TwofoldError(f"This {type(model).__name__} is not halved: call twofold.halve(model) first.")
     spec = CacheSpec(bits=bits, axis=axis, group_size=group_size, tail_tokens=tail_tokens)
     config: Any = model.config
+    if config.is_encoder_decoder:
+        raise TwofoldError(
+            f"This {type(model).__name__} needs two caches, of the source and of the text, and this is one: leave the cache to it."
+        )
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     for index in (layer.layer_idx for layer in layers):
         while len(cache.layers) <= index:

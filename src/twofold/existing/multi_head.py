@@ -10,7 +10,7 @@ Shapes: B batch, T new tokens, S keys, H heads, D head_dim, C hidden_size, N = H
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,11 @@ class Family:
     positional: tuple[str, ...] = ("position_embeddings", "attention_mask", "cache")
     mask: str = "attention_mask"
     hands_on_bias: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The modules that make K and V."""
+        return (self.fused,) if self.fused else self.projections[1:]
 
 
 _LLAMA_LIKE = Family(output="o_proj", rotary=True)
@@ -157,13 +162,13 @@ def projections(layer: Any, family: Family) -> tuple[Projection, Projection]:
         else:
             weight, bias = weight.unflatten(1, (parts, -1)).movedim(1, 0), bias.unflatten(0, (parts, -1))
         return Projection(weight[-2], bias[-2]), Projection(weight[-1], bias[-1])
-    key, value = (Projection(*_linear(getattr(layer, name))) for name in family.projections[1:])
+    key, value = (Projection(*_linear(getattr(layer, name))) for name in family.sources)
     return key, value
 
 
 def weight_dtype(layer: Any, family: Family) -> torch.dtype:
     """Of the numbers in the projections of K and V."""
-    dtype: torch.dtype = getattr(layer, family.fused or family.projections[1]).weight.dtype
+    dtype: torch.dtype = getattr(layer, family.sources[0]).weight.dtype
     return dtype
 
 
@@ -186,9 +191,9 @@ class MultiHeadForward:
         self.kept = found.kept
         self.rotations = rotations
         self.heads = num_heads(layer)[0]
-        dtype = weight_dtype(layer, family)
-        self.matrix = found.matrix.to(dtype)
-        self.offset = found.offset.to(dtype)
+        self.sources = self._sources()
+        self.map = found.matrix, found.offset
+        self._follow()
 
     def __call__(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> tuple[Tensor | None, ...]:
         """The layer's own forward, argument by argument, ``key_value_states`` (or ``encoder_hidden_states``) for cross-attention."""
@@ -198,12 +203,13 @@ class MultiHeadForward:
         source = next((states for states in given if states is not None), None)
         crossing = source is not None
         mask = arguments.get("encoder_attention_mask" if self.family.fused and crossing else self.family.mask)
-        query = self._query(hidden_states, crossing=crossing)
+        self._follow()
+        query, pair = self._query_and_pair(hidden_states, source)
         own = None if self.rotations is None else self.rotations.of_tokens(arguments["position_embeddings"])
         if own is not None:
             query = own.turn(query)
         reader = Reader(layer, mask, arguments)
-        held, lost = self._held(hidden_states if source is None else source, arguments, own, crossing=crossing)
+        held, lost = self._held(pair, arguments, own, crossing=crossing)
         reader = replace(reader, bias=self._bias(query, held, arguments))
         if lost is None and query.shape[2] <= head_dim(layer):
             output, weights = self._attend(reader, query, held)
@@ -226,15 +232,32 @@ class MultiHeadForward:
         """[B, T, N] -> [B, H, T, D]."""
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    def _query(self, hidden_states: Tensor, *, crossing: bool) -> Tensor:
+    def _sources(self) -> tuple[Any, ...]:
+        """The modules that make K and V now."""
+        return tuple(getattr(self.layer, name) for name in self.family.sources)
+
+    def _follow(self) -> None:
+        """Have the map where, and in the dtype in which, the weights are now. Raises TwofoldError where adapters have come between since."""
+        if any(now is not then for now, then in zip(self._sources(), self.sources, strict=True)):
+            raise TwofoldError(
+                f"The projections of {type(self.layer).__name__} have been replaced since it was halved: call twofold.restore(model), merge its adapters, "
+                "and halve it again."
+            )
+        weight = self.sources[0].weight
+        if self.map[0].dtype != weight.dtype or self.map[0].device != weight.device:
+            self.map = self.map[0].to(weight), self.map[1].to(weight)
+
+    def _query_and_pair(
+        self, hidden_states: Tensor, source: Tensor | None
+    ) -> tuple[Tensor, Callable[[], Sequence[Tensor]]]:
+        """Q [B, H, T, D], and what makes K and V of the new tokens: a fused projection has made them already."""
         layer, family = self.layer, self.family
-        if family.fused and crossing:
-            return self._heads(layer.q_attn(hidden_states))
-        return (
-            self._roles(hidden_states)[0]
-            if family.fused
-            else self._heads(getattr(layer, family.projections[0])(hidden_states))
-        )
+        if family.fused and source is None:
+            query, *pair = self._roles(hidden_states)
+            return query, lambda: pair
+        queries = layer.q_attn if family.fused else getattr(layer, family.projections[0])
+        states = hidden_states if source is None else source
+        return self._heads(queries(hidden_states)), lambda: self._pair(states)
 
     def _roles(self, states: Tensor) -> list[Tensor]:
         """Q (where the fused projection has it), K, V."""
@@ -243,16 +266,14 @@ class MultiHeadForward:
             return list(made.unflatten(2, (self.heads, 3, -1)).transpose(1, 2).unbind(dim=3))
         return [self._heads(part) for part in made.split(self.heads * head_dim(self.layer), dim=2)]
 
-    def _pair(self, states: Tensor) -> tuple[Tensor, Tensor]:
+    def _pair(self, states: Tensor) -> Sequence[Tensor]:
         """K and V of some tokens, [B, H, T, D]."""
         if self.family.fused:
-            *_, key, value = self._roles(states)
-            return key, value
-        key, value = (self._heads(getattr(self.layer, name)(states)) for name in self.family.projections[1:])
-        return key, value
+            return self._roles(states)[-2:]
+        return [self._heads(getattr(self.layer, name)(states)) for name in self.family.sources]
 
     def _held(
-        self, states: Tensor, arguments: dict[str, Any], own: Rotation | None, *, crossing: bool
+        self, pair: Callable[[], Sequence[Tensor]], arguments: dict[str, Any], own: Rotation | None, *, crossing: bool
     ) -> tuple[Held, Tensor | None]:
         """All tokens' stream, and the other of K and V where it is at hand: where there are no tokens but the new ones."""
         cache, index = cache_of(arguments), self.layer.layer_idx
@@ -262,31 +283,27 @@ class MultiHeadForward:
             if crossing and whole.is_updated.get(index):
                 check_halved(cache, index)
                 return Held(cache.layers[index].keys, None, is_new=False), None
-        key, value = self._pair(states)
+        key, value = pair()
         kept, lost = (key, value) if self.kept == "keys" else (value, key)
         if cache is None:
             return Held(kept, own, is_new=True), lost
         every, seen = append(cache, kept, index)
         if crossing and isinstance(whole, EncoderDecoderCache):
             whole.is_updated[index] = True
-        held = read(
-            self.layer,
-            (kept, every),
-            seen,
-            self.rotations,
-            own,
-            (arguments.get("position_ids"), arguments.get("attention_mask")),
-        )
+        given = arguments.get("position_ids"), arguments.get("attention_mask")
+        held = read(self.layer, (kept, every), seen, self.rotations, own, given)
         return held, lost if held.is_new else None
 
     def _made(self, stream: Tensor) -> Tensor:
         """The lost one of all tokens [B, H, S, D]: for many queries at once that is less work."""
-        return self._heads(stream.transpose(1, 2).flatten(2) @ self.matrix + self.offset)
+        matrix, offset = self.map
+        return self._heads(stream.transpose(1, 2).flatten(2) @ matrix + offset)
 
     def _attend(self, reader: Reader, query: Tensor, held: Held) -> tuple[Tensor, Tensor | None]:
         """[B, H, T, D] without the lost one of a single cached token."""
-        stream, mixing = held.stream, self.matrix.unflatten(1, (self.heads, -1)).unflatten(0, (self.heads, -1))
-        offset = self.offset.unflatten(0, (self.heads, 1, -1))
+        matrix, offset = self.map
+        stream, mixing = held.stream, matrix.unflatten(1, (self.heads, -1)).unflatten(0, (self.heads, -1))
+        offset = offset.unflatten(0, (self.heads, 1, -1))
         mask, bias = reader.mask(query, stream.shape[2])
         query = self.layer.scaling * query
         if self.kept == "keys":

@@ -138,6 +138,7 @@ class Reader:
         key_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, H, T, D], keys and values [B, G, S, D] -> the output [B, H, T, D], and with eager attention the weights [B, H, T, S]."""
+        query = query.to(key.dtype)  # under autocast a query that has turned has the dtype of the rotation
         mask, bias = self.mask(query, key.shape[2])
         weights: list[Tensor] | None = [] if self.implementation == "eager" else None
         backend = "auto" if weights is not None or query.shape[2] > MAX_QUERIES_FOLDED else "folded"

@@ -1,0 +1,243 @@
+"""What is done with a model once it is halved: threads, copies, files, other dtypes, adapters, autocast."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from halving_models import (
+    ENCODER_DECODER,
+    MULTI_HEAD,
+    WINDOWED,
+    cache_bytes,
+    cache_of,
+    gemma,
+    going_on,
+    norms_in_float64,
+    randomized,
+    source_of,
+    tokens,
+)
+from twofold.errors import TwofoldError
+from twofold.existing import halve, restore
+from twofold.existing.key_rotations import KeyRotations
+from twofold.existing.low_bits import quantized_cache
+
+NAMES = ("gemma", "gpt2", "llama")
+
+
+def made(name: str, **options: Any) -> Any:
+    return gemma() if name == "gemma" else randomized((MULTI_HEAD | ENCODER_DECODER)[name](), **options)
+
+
+def answer(model: Any, text: Tensor) -> Tensor:
+    return model.generate(text, max_new_tokens=9, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_threads_generate_at_once(name: str):
+    """Each with a cache of its own, and with texts of lengths of their own; the tables of rotations are made anew while others read them."""
+    model = made(name)
+    halve(model)
+    texts = [tokens(1, 5 + 7 * index, seed=index) for index in range(6)]
+    expected = [answer(model, text) for text in texts]
+    for _ in range(3):
+        restore(model)
+        halve(model)
+        found: dict[int, Tensor] = {}
+
+        def work(index: int, found: dict[int, Tensor] = found) -> None:
+            found[index] = answer(model, texts[index])
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(len(texts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(found[index], expected[index]) for index in range(len(texts)))
+
+
+def test_a_table_that_another_thread_makes_shorter():
+    class Raced(dict):
+        """Another thread puts its own, of one position, in the place of each that is put in."""
+
+        def __setitem__(self, key: Any, rotation: Any) -> None:
+            shorter = type(rotation)(
+                cosine=rotation.cosine[:, :, :1], sine=rotation.sine[:, :, :1], distance=rotation.distance
+            )
+            super().__setitem__(key, shorter)
+
+    rotary = made("llama").model.rotary_emb
+    raced, alone = (KeyRotations.of(rotary, None, 8) for _ in range(2))
+    raced._tables = Raced()
+    positions, like = torch.arange(7)[None], torch.zeros(1, dtype=torch.float64)
+    assert torch.equal(raced.at(positions, like).cosine, alone.at(positions, like).cosine)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copied_model_is_halved_by_itself(name: str):
+    model = made(name)
+    halve(model)
+    other = copy.deepcopy(model)
+    restore(model)
+    text = tokens(1, 20)
+    whole, half = (sum(cache_bytes(cache_of(one(text, use_cache=True)))) for one in (model, other))
+    assert half < whole
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert other(text).logits.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", [*NAMES, "t5", "bart"])
+def test_what_is_saved_is_the_model_as_it_was(name: str, tmp_path: Path):
+    model = made(name).float()
+    asked = (
+        source_of(name) | {"decoder_input_ids": tokens(2, 5)}
+        if name in ENCODER_DECODER
+        else {"input_ids": tokens(2, 12)}
+    )
+    before = model(**asked).logits
+    model.save_pretrained(tmp_path / "before")
+    halve(model)
+    halved = model(**asked).logits
+    model.save_pretrained(tmp_path / "halved")
+    config, weights = ((tmp_path / "halved" / file).read_bytes() for file in ("config.json", "model.safetensors"))
+    assert (tmp_path / "before" / "config.json").read_bytes() == config
+    assert (
+        load_file(tmp_path / "before" / "model.safetensors").keys()
+        == load_file(tmp_path / "halved" / "model.safetensors").keys()
+    )
+    assert (tmp_path / "before" / "model.safetensors").read_bytes() == weights
+    loaded = type(model).from_pretrained(tmp_path / "halved", dtype=torch.float32).eval()
+    assert torch.equal(loaded(**asked).logits, before)
+    halve(loaded)
+    assert torch.equal(loaded(**asked).logits, halved)
+    restore(loaded)
+    assert torch.equal(loaded(**asked).logits, before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_changes_its_dtype(name: str):
+    """The map follows, and so do the tables of rotations."""
+    model = made(name, std=0.1) if name != "gemma" else made(name)
+    text = tokens(2, 20)
+    with norms_in_float64():
+        before = model(text).logits
+        halve(model)
+        model.float()
+        single = answer(model, text)
+        rounded = copy.deepcopy(model).bfloat16()
+        assert answer(rounded, text).shape == single.shape
+        model.double()
+        cache = cache_of(model(text[:, :12], use_cache=True))
+        torch.testing.assert_close(
+            model(text[:, 12:], **going_on(model, cache)).logits, before[:, 12:], rtol=1e-3, atol=1e-3
+        )
+
+
+def test_adapters_that_come_afterwards():
+    peft = pytest.importorskip("peft")
+    model = made("llama").float()
+    halve(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["k_proj"], r=2)).eval()
+    with pytest.raises(TwofoldError, match=r"replaced since it was halved.*merge its adapters"):
+        adapted(tokens(1, 4))
+    restore(model)
+    adapted(tokens(1, 4))
+    merged = adapted.merge_and_unload().eval()
+    before = answer(merged, tokens(1, 9))
+    halve(merged)
+    assert torch.equal(answer(merged, tokens(1, 9)), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name: str):
+    """Float32 weights and products in bfloat16 differ from the exact model about as much as they did; multi-head keys make their rounding larger."""
+    model = (made(name, std=0.1) if name != "gemma" else made(name)).float()
+    text = tokens(4, 40, seed=5)
+
+    @torch.no_grad()
+    def logits() -> Tensor:
+        cache = cache_of(model(text[:, :20], use_cache=True))
+        steps = [model(text[:, [at]], **going_on(model, cache)).logits for at in range(20, 40)]
+        return torch.cat(steps, dim=1).double()
+
+    exact = logits()
+    with torch.autocast("cpu", torch.bfloat16):
+        own = logits()
+        halve(model)
+        halved = logits()
+    noise, found = ((rounded - exact).square().mean().sqrt() for rounded in (own, halved))
+    assert noise > 0
+    assert found < (1.5 if name == "gemma" else 8) * noise
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "opt"])
+def test_projections_are_made_once(name: str):
+    model = made(name)
+    halve(model)
+    calls: list[str] = []
+    parts = ("c_attn", "query_key_value", "q_proj", "k_proj", "v_proj")
+    for module_name, module in model.named_modules():
+        if module_name.endswith(parts):
+            module.register_forward_hook(lambda *_, name=module_name: calls.append(name))
+    cache = cache_of(model(tokens(1, 4), use_cache=True))
+    model(tokens(1, 1), **going_on(model, cache))
+    assert calls
+    assert all(calls.count(name) == 2 for name in calls)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_the_error_that_is_reported_is_the_error_that_is_made(name: str):
+    """In bfloat16, of the running layer: rounded keys, a rounded map, and the product of the two."""
+    exact = made(name)
+    model = copy.deepcopy(exact).bfloat16()
+    report = halve(model, keep="keys", max_error=1.0)
+    for layer in report.layers:
+        attention, own = (one.get_submodule(layer.name) for one in (model, exact))
+        draw = torch.Generator().manual_seed(3)
+        inputs = torch.randn(8, 64, 32, dtype=torch.float64, generator=draw).bfloat16()
+        for part in own.children():
+            part.load_state_dict({key: value.bfloat16().double() for key, value in part.state_dict().items()})
+        _, key, value = (
+            own.c_attn(inputs.double()).split(32, dim=-1)
+            if name == "gpt2"
+            else (None, own.k_proj(inputs.double()), own.v_proj(inputs.double()))
+        )
+        found = attention.forward._made(attention.forward._heads(key.bfloat16()))
+        wanted = attention.forward._heads(value)
+        error = (found.double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert 0.85 < error / layer.measured_error < 1.2
+        assert 0.6 < layer.predicted_error / layer.measured_error < 1.7
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "llama", "mistral"])
+def test_one_tensor_in_few_bits(name: str, bits: int):
+    model = (gemma() if name == "gemma" else randomized((MULTI_HEAD | WINDOWED)[name](), std=0.1)).float()
+    text = tokens(1, 48)
+    halve(model)
+    exact = model(text).logits
+    cache = quantized_cache(model, bits=bits, group_size=8, tail_tokens=4)
+    model(text[:, :40], **going_on(model, cache))
+    rounded = model(text[:, 40:], **going_on(model, cache)).logits
+    error = (rounded - exact[:, 40:]).square().mean().sqrt() / exact[:, 40:].square().mean().sqrt()
+    assert 0 < error < (0.05 if bits == 8 else 0.6)
+    halved = next(layer for layer in cache.layers if hasattr(layer, "old"))
+    codes = sum(old.codes.nbytes for old in halved.old)
+    assert codes == 44 * halved.tail[0].shape[1] * halved.tail[0].shape[3] * bits // 8
+
+
+def test_a_quantized_cache_is_one_cache():
+    model = made("bart")
+    halve(model)
+    with pytest.raises(TwofoldError, match="needs two caches"):
+        quantized_cache(model)
