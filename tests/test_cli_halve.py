@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -10,13 +11,14 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from typer.testing import CliRunner, Result
 
 from halving_models import MULTI_HEAD, gemma, randomized
 from twofold.cli import app
+from twofold.existing import halve, loading
 
 
 def invoke(*arguments: object) -> Result:
@@ -121,6 +123,60 @@ def test_mistakes(tmp_path: Path, gpt2_folder: Path):
     save_file({"x": torch.zeros(2)}, empty / "model.safetensors")
     whole = (empty / "model.safetensors").read_bytes()
     (empty / "model.safetensors").write_bytes(whole[:-3])
-    mistake(empty)
+    assert "model.safetensors is not a whole safetensors file" in mistake(empty)
+    (empty / "model.safetensors").write_bytes(whole)
+    assert "more weights, which its config asks for" in mistake(empty)
     (empty / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["Invented"]}))
     assert "names no architecture" in mistake(empty)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of many files and an index."""
+    home = tmp_path_factory.mktemp("sharded")
+    model: Any = randomized(MULTI_HEAD["gpt2"]()).float()
+    model.save_pretrained(home, max_shard_size="20KB")
+    assert len([*home.glob("model-*.safetensors")]) > 3
+    assert not (home / "model.safetensors").exists()
+    return home
+
+
+def test_a_model_of_many_files(sharded: Path, gpt2_folder: Path):
+    one, many = (told(home, "--tokens", 100) for home in (gpt2_folder, sharded))
+    assert many["layers"] == one["layers"]
+    text = torch.arange(3, 20)[None]
+    models_of = [loading.load(str(home)) for home in (gpt2_folder, sharded)]
+    assert torch.equal(*(model(text).logits for model in models_of))
+    halve(models_of[1])
+    assert torch.allclose(*(model(text).logits for model in models_of), atol=1e-3)
+
+
+@pytest.mark.parametrize("cut", [1, 5, "half", "all but 4", "all"])
+def test_one_of_many_files_is_truncated(sharded: Path, cut: int | str, tmp_path: Path):
+    home = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    part = sorted(home.glob("model-*.safetensors"))[1]
+    whole = part.read_bytes()
+    length = (
+        {"half": len(whole) // 2, "all but 4": 4, "all": 0}.get(str(cut)) if isinstance(cut, str) else len(whole) - cut
+    )
+    part.write_bytes(whole[:length])
+    assert f"{part.name} is not a whole safetensors file" in mistake(home)
+
+
+def test_one_of_many_files_is_something_else(sharded: Path, tmp_path: Path):
+    home = Path(shutil.copytree(sharded, tmp_path / "copy"))
+    part = sorted(home.glob("model-*.safetensors"))[1]
+    held = load_file(part)
+    part.unlink()
+    assert f"lacks {part.name}, which its index names" in mistake(home)
+    torch.save(held, home / "part.bin")
+    index = home / "model.safetensors.index.json"
+    said = index.read_text()
+    index.write_text(said.replace(part.name, "part.bin"))
+    assert "part.bin is not a whole safetensors file" in mistake(home)  # a pickle that an index names is not opened
+    index.write_text(said)
+    name = min(held)
+    save_file({key: value for key, value in held.items() if key != name}, part, metadata={"format": "pt"})
+    assert f"lacks {name}, which its config asks for" in mistake(home)
+    index.write_text("{")
+    assert "cannot be read as JSON" in mistake(home)

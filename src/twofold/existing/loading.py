@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from twofold.errors import TwofoldError
 from twofold.existing.halving import HalvingReport, Keep, halve
 from twofold.models.causal_lm import CACHE_FIELD
-from twofold.models.checkpoint import weight_files
+from twofold.models.checkpoint import tensor_shapes
 
 
 def load(name: str, kind: Any = None, **options: Any) -> PreTrainedModel:
@@ -22,10 +22,11 @@ def load(name: str, kind: Any = None, **options: Any) -> PreTrainedModel:
 
     ``options`` are those of ``from_pretrained``.
 
-    Only safetensors are read, and no code comes with them: a pickle, and code, can run anything. Raises TwofoldError for what cannot be read.
+    Only safetensors are read, and no code comes with them: a pickle, and code, can run anything. Raises TwofoldError for what cannot be read, and for
+    files that lack weights of the model that their config names, which would be drawn at random.
     """
     if Path(name).is_dir():
-        weight_files(Path(name))  # refuses pickles, and says which file is missing
+        dict(tensor_shapes(Path(name)))  # refuses pickles, and says which file is missing or truncated
     elif Path(name).exists() or name.startswith((".", "/", "~")):
         raise TwofoldError(
             f"{name} is no folder: give the folder that save_pretrained wrote, or a model's name on the hub."
@@ -34,13 +35,16 @@ def load(name: str, kind: Any = None, **options: Any) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(
             name, trust_remote_code=False, local_files_only=options.get("local_files_only", False)
         )
-        kind = kind or getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
-        if kind is None:
+        named = kind or getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
+        if named is None:
             raise TwofoldError(
                 f"The config of {name} names no architecture that Transformers {transformers.__version__} has."
             )
         chosen = {"dtype": "auto", "config": config, "trust_remote_code": False} | options
-        model = kind.from_pretrained(name, use_safetensors=True, **chosen)
+        model, found = named.from_pretrained(name, use_safetensors=True, output_loading_info=True, **chosen)
+        if kind is None and (missing := sorted(found["missing_keys"])):
+            more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+            raise TwofoldError(f"{name} lacks {missing[0]}{more}, which its config asks for: take another copy of it.")
     except TwofoldError:
         raise
     except Exception as error:  # noqa: BLE001 (a model's own classes may raise anything)

@@ -35,7 +35,7 @@ def load_model(path: str | Path, *, backend: str = "auto", **options: Any) -> Tw
     folder = Path(path)
     config = _config(folder)
     kind = MODELS[config.architecture]
-    found = dict(_shapes(folder))
+    found = dict(tensor_shapes(folder))
     with torch.device("meta"):
         model = kind(config)
     _compare(
@@ -75,8 +75,8 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The name and shape of every tensor in the folder, from the files' headers alone."""
+def tensor_shapes(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and shape of every tensor in the folder, from the files' headers alone. Raises TwofoldError for a file that is no whole safetensors file."""
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
