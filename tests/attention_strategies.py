@@ -24,6 +24,9 @@ from twofold.positions import (
 from twofold.spec import AttentionSpec
 from twofold.tie import Tie
 
+EXACT_BACKENDS = ("sdpa", "reference", "folded")
+"""Those that compute in float64 too, as all tests against the oracle do."""
+
 POSITIONS: dict[str, PositionScheme] = {
     "none": NoPositions(),
     "learned": LearnedPositions(length=100),

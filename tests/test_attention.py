@@ -13,12 +13,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention_strategies import NAMED_TIES, POSITIONS, Case, cases, drawn_layer, random_ties, serves, specs
+from attention_strategies import (
+    EXACT_BACKENDS,
+    NAMED_TIES,
+    POSITIONS,
+    Case,
+    cases,
+    drawn_layer,
+    random_ties,
+    serves,
+    specs,
+)
 from twofold import oracle
 from twofold.attention import Attention, problem_of
 from twofold.cost import attention_parameters, cached_streams
 from twofold.errors import TwofoldError
-from twofold.kernels import BACKENDS, Inputs, choose, scaled_dot_product
+from twofold.kernels import Inputs, choose, scaled_dot_product
 from twofold.positions import NoPositions, RotaryPositions, SharedRotaryPositions
 from twofold.rotations import Span
 from twofold.spec import AttentionSpec
@@ -65,7 +75,7 @@ def assert_agrees(case: Case) -> None:
         assert float((found - gradient).abs().max()) <= TOLERANCE * size, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS)
 @given(data=st.data())
 @settings(max_examples=150)
 def test_the_module_is_the_oracle(backend: str, data: st.DataObject):

@@ -51,6 +51,10 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the package to which the recipes of CONTRIBUTING.md were applied, read from the top."""
     folder = tmp_path_factory.mktemp("recipes")
     shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    # An editable installation finds its own sources before all others.
+    (folder / "src" / "sitecustomize.py").write_text(
+        "import sys\nsys.meta_path = [finder for finder in sys.meta_path if 'ScikitBuild' not in type(finder).__name__]\n"
+    )
     reader = Reader(folder=folder, environment={"PYTHONPATH": str(folder / "src")}, own_package=False)
     for block in blocks(RECIPES):
         reader.read(block)

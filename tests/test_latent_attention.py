@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention_strategies import POSITIONS, UNTIED, drawn_layer, has_latent, specs
+from attention_strategies import EXACT_BACKENDS, POSITIONS, UNTIED, drawn_layer, has_latent, specs
 from model_strategies import GPT2, LLAMA, drawn_model, drawn_tokens
 from test_attention import Streams, assert_agrees, cases
 from twofold.attention import Attention, problem_of
@@ -22,7 +22,7 @@ from twofold.errors import TwofoldError
 from twofold.estimate import Question, estimate_spec
 from twofold.explain import explain, latent_note
 from twofold.geometry.ours import sources
-from twofold.kernels import BACKENDS, Inputs, attend
+from twofold.kernels import Inputs, attend
 from twofold.latent_attention import LatentAttention, attention_layer, decoding_problem
 from twofold.layouts import convert
 from twofold.models import load_model
@@ -51,7 +51,7 @@ LLAMA_LATENT = LLAMA.with_changes(
 # One function
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT_BACKENDS)
 @given(data=st.data())
 @settings(max_examples=25)
 def test_the_module_is_the_oracle(backend: str, data: st.DataObject):

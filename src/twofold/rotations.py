@@ -55,7 +55,8 @@ def rows(table: Rotation | None, positions: Positions) -> Rotation | None:
         index = positions.clamp(min=0)
         return Rotation(cosine=table.cosine[index], sine=table.sine[index], distance=table.distance)
     part = slice(positions.start, positions.stop)
-    return Rotation(cosine=table.cosine[part], sine=table.sine[part], distance=table.distance)
+    steady = None if table.steady is None else (table.steady[0][part], table.steady[1][part])
+    return Rotation(cosine=table.cosine[part], sine=table.sine[part], distance=table.distance, steady=steady)
 
 
 def indices(positions: Positions, device: torch.device) -> Tensor:
@@ -70,4 +71,6 @@ def _table(angles: Angles, positions: Span, like: Tensor) -> Rotation | None:
     if found is None:
         return None
     turned, distance = found
-    return Rotation(cosine=turned.cos().to(like.dtype), sine=turned.sin().to(like.dtype), distance=distance)
+    cosine, sine = turned.cos(), turned.sin()
+    steady = (cosine.float(), sine.float())
+    return Rotation(cosine=cosine.to(like.dtype), sine=sine.to(like.dtype), distance=distance, steady=steady)

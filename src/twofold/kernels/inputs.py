@@ -16,12 +16,14 @@ from torch import Tensor
 class Rotation:
     """Turns dimension i with dimension i + ``distance`` for i < n.
 
-    ``cosine`` and ``sine`` are [S, n], one row per position, or [B, 1, S, n] where the texts of a batch stand at positions of their own.
+    ``cosine`` and ``sine`` are [S, n], one row per position, or [B, 1, S, n] where the texts of a batch stand at positions of their own. ``steady``: both
+    in float32, given where each row turns by the same angles more than the row before it. A kernel then needs a row of each block of keys, and not all.
     """
 
     cosine: Tensor
     sine: Tensor
     distance: int
+    steady: tuple[Tensor, Tensor] | None = None
 
     def turn(self, x: Tensor) -> Tensor:
         """(a, b) -> (a cos - b sin, b cos + a sin) for every pair of x [..., S, D]; the other dimensions stay as they are."""

@@ -1,0 +1,417 @@
+// Attention of the queries that read one KV head over a run of its keys, tile by tile; each tile is read from memory once and serves both products.
+//
+// `Products` computes them (float_products.hpp, bfloat16_products.hpp) from rows of its own `Number`. Rows that are stored so are read where they lie; others
+// (codes, other floats, tiles that are not full or not wholly seen, rows that do not divide into steps) are copied first, widened and filled up with zeros.
+#pragma once
+
+#include "call.hpp"
+#include "float_products.hpp"
+
+namespace {
+
+using namespace twofold;
+
+constexpr float NOTHING = -__builtin_inff();
+constexpr int64_t PADDING = 32;  // what a row of sums is filled up to, at every level
+
+// Hands out parts of a piece of memory, at the boundaries of cache lines; without one it only counts.
+struct Shelf {
+    char* memory;
+    size_t used = 0;
+    template <class T>
+    T* take(int64_t count) {
+        T* found = reinterpret_cast<T*>(memory + used);
+        used += static_cast<size_t>(up(count * static_cast<int64_t>(sizeof(T)), 64));
+        return found;
+    }
+};
+
+// What a thread's memory begins with: for which sequence of which call its table of relative turns was made. Memory that is new is 0 here.
+struct Kept {
+    uint64_t serial;
+    int64_t sequence;
+};
+
+// `dim` numbers of a row as floats.
+template <class Stored>
+inline void widen_row(const Stored* from, int64_t dim, float* to) {
+    int64_t i = 0;
+    for (; i + W <= dim; i += W) store(to + i, widen(from + i));
+    if (i < dim) {
+        Stored last[W] = {};
+        std::memcpy(last, from + i, static_cast<size_t>(dim - i) * sizeof(Stored));
+        float wide[W];
+        store(wide, widen(last));
+        std::memcpy(to + i, wide, static_cast<size_t>(dim - i) * 4);
+    }
+}
+
+inline void widen_row(Kind kind, const char* from, int64_t dim, float* to) {
+    switch (kind) {
+        case Kind::f32: return widen_row(reinterpret_cast<const float*>(from), dim, to);
+        case Kind::bf16: return widen_row(reinterpret_cast<const uint16_t*>(from), dim, to);
+        case Kind::f16: return widen_row(reinterpret_cast<const Half*>(from), dim, to);
+        case Kind::i8: return widen_row(reinterpret_cast<const int8_t*>(from), dim, to);
+    }
+}
+
+// Where row `token` of a head lies.
+inline const char* row_of(const Call& call, const Rows& rows, int64_t sequence, int64_t head, int64_t token) {
+    if (call.pages) {
+        const int64_t page = call.pages[sequence * call.pages_per_sequence + token / call.page_tokens];
+        sequence = page, token %= call.page_tokens;
+    }
+    const int64_t index = sequence * rows.batch_stride + head * rows.head_stride + token * rows.row_stride;
+    return rows.data + index * static_cast<int64_t>(bytes_of(rows.kind));
+}
+
+// What the T queries of a sequence see of a tile.
+enum class Sight { none, some, all };
+
+struct View {
+    uint8_t* seen;    // [T, TILE]
+    uint8_t* hidden;  // [TILE]: seen by none
+
+    Sight look(const Call& call, int64_t sequence, int64_t first, int64_t count) const {
+        if (!call.key_positions && !call.key_mask) {
+            const Sight plain = of_intervals(call, sequence, first, count);
+            if (plain != Sight::some) return plain;
+        }
+        int64_t total = 0;
+        std::memset(hidden, 1, TILE);
+        for (int64_t t = 0; t < call.queries; ++t) {
+            for (int64_t i = 0; i < count; ++i) {
+                const bool sees = is_seen(call, sequence, t, first + i);
+                seen[t * TILE + i] = sees;
+                hidden[i] &= !sees;
+                total += sees;
+            }
+        }
+        return total == 0 ? Sight::none : total == count * call.queries ? Sight::all : Sight::some;
+    }
+
+   private:
+    static int64_t place(const Call& call, int64_t sequence, int64_t t) {
+        return call.query_positions ? call.query_positions[t] : call.length(sequence) - call.queries + t;
+    }
+
+    static bool is_seen(const Call& call, int64_t sequence, int64_t t, int64_t token) {
+        const int64_t query = place(call, sequence, t), key = call.key_positions ? call.key_positions[token] : token;
+        if (key < 0 || query < 0 || token >= call.length(sequence)) return false;
+        if (call.is_causal && key > query) return false;
+        if (call.window && (key > query ? key - query : query - key) >= call.window) return false;
+        return !call.key_mask || call.key_mask[sequence * call.mask_batch_stride + token * call.mask_row_stride];
+    }
+
+    // The keys that a query sees are successive here.
+    static Sight of_intervals(const Call& call, int64_t sequence, int64_t first, int64_t count) {
+        bool none = true, every = true;
+        for (int64_t t = 0; t < call.queries; ++t) {
+            const int64_t query = place(call, sequence, t);
+            int64_t begin = 0, end = query < 0 ? 0 : call.length(sequence);
+            if (call.is_causal && end > query + 1) end = query + 1;
+            if (call.window) {
+                if (begin < query - call.window + 1) begin = query - call.window + 1;
+                if (end > query + call.window) end = query + call.window;
+            }
+            none &= first >= end || first + count <= begin;
+            every &= first >= begin && first + count <= end;
+        }
+        return none ? Sight::none : every ? Sight::all : Sight::some;
+    }
+};
+
+template <class Products>
+struct Attention {
+    using Number = typename Products::Number;
+    static constexpr Kind OWN = sizeof(Number) == 4 ? Kind::f32 : Kind::bf16;
+
+    const Call& call;
+    const int64_t sequence, head;
+    const int64_t rows, key_dim, value_dim, turned_dim, extension_dim, raw_dim;
+    const bool turns, has_still, is_scaled;
+    Shelf shelf;
+    Kept* kept;
+    Number *still_query, *turned_query, *extension_query, *raw, *values, *turned, *extension;
+    float *turning, *made, *scale, *row, *logits;
+    typename Products::Turn *relative, *once;
+    View view;
+    char* products;
+
+    static int64_t padded(int64_t dim) { return up(dim, Products::STEP); }
+
+    Attention(const Call& c, int64_t s, int64_t h, char* memory)
+        : call(c), sequence(s), head(h), rows(c.rows()), key_dim(padded(c.key_dim)), value_dim(padded(c.value_dim)),
+          turned_dim(padded(2 * c.table.pairs)), extension_dim(padded(c.extension_dim)),
+          raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), turns(c.table.pairs > 0),
+          has_still(2 * c.table.pairs < c.key_dim), is_scaled(c.key_scale || c.key_scales.of_channels), shelf{memory} {
+        kept = shelf.take<Kept>(1);
+        still_query = shelf.take<Number>(Products::packed_numbers(rows, key_dim));
+        turned_query = shelf.take<Number>(Products::packed_numbers(rows, turned_dim));
+        extension_query = shelf.take<Number>(Products::packed_numbers(rows, extension_dim));
+        raw = shelf.take<Number>(TILE * raw_dim);
+        values = shelf.take<Number>(c.shares_value ? 0 : TILE * value_dim);
+        turned = shelf.take<Number>(TILE * turned_dim);
+        extension = shelf.take<Number>(TILE * extension_dim);
+        turning = shelf.take<float>(rows * turned_dim);
+        made = shelf.take<float>(rows * (key_dim + turned_dim + extension_dim));
+        scale = shelf.take<float>(key_dim);
+        row = shelf.take<float>(4 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
+        logits = shelf.take<float>(rows * TILE);
+        relative = shelf.take<typename Products::Turn>(call.table.is_steady ? TILE * Products::turns(call.table.pairs, is_scaled) : 0);
+        once = shelf.take<typename Products::Turn>(Products::turns(call.table.pairs, is_scaled));
+        view = {shelf.take<uint8_t>(call.queries * TILE), shelf.take<uint8_t>(TILE)};
+        products = shelf.take<char>(static_cast<int64_t>(Products::scratch_bytes(rows, value_dim > key_dim ? value_dim : key_dim)));
+    }
+
+    void run(int64_t first, int64_t last, Part part) {
+        const int64_t stride = up(call.value_dim, PADDING);
+        for (int64_t r = 0; r < rows; ++r) part.greatest[r] = NOTHING, part.total[r] = 0;
+        std::memset(part.values, 0, static_cast<size_t>(rows * stride) * 4);
+        bool is_ready = false;
+        for (int64_t begin = first, count; begin < last; begin += count) {
+            count = last - begin < TILE ? last - begin : TILE;
+            if (call.pages && count > call.page_tokens - begin % call.page_tokens) count = call.page_tokens - begin % call.page_tokens;
+            const Sight sight = view.look(call, sequence, begin, count);
+            if (sight == Sight::none) continue;
+            if (!is_ready) {
+                Products::start();
+                pack_queries();
+                is_ready = true;
+            }
+            look_at(begin, count, sight == Sight::some, part, stride);
+        }
+        if (!is_ready) return;
+        Products::stop();
+        if (const float* scales = channels(call.value_scales))
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t i = 0; i < call.value_dim; ++i) part.values[r * stride + i] *= scales[i];
+    }
+
+   private:
+    const float* channels(const Scales& scales) const {
+        return scales.of_channels ? scales.of_channels + sequence * scales.batch_stride + head * scales.head_stride : nullptr;
+    }
+
+    // Row r is query r % T of head r / T of the group.
+    const float* query_of(int64_t r) const {
+        const int64_t group = call.heads / call.kv_heads;
+        const int64_t index = (sequence * call.heads + head * group + r / call.queries) * call.queries + r % call.queries;
+        return call.query + index * (call.key_dim + call.extension_dim);
+    }
+
+    // The queries as the products want them: times the scale of the key's dimensions, those that turn by themselves.
+    void pack_queries() {
+        const Table& table = call.table;
+        const float* codes = channels(call.key_scales);
+        for (int64_t i = 0; i < call.key_dim; ++i) scale[i] = (call.key_scale ? call.key_scale[i] : 1.0f) * (codes ? codes[i] : 1.0f);
+        pack(extension_query, extension_dim, [&](const float* query, float* to) { std::memcpy(to, query + call.key_dim, static_cast<size_t>(call.extension_dim) * 4); });
+        pack(still_query, has_still ? key_dim : 0, [&](const float* query, float* to) {
+            for (int64_t i = 0; i < call.key_dim; ++i) to[i] = query[i] * scale[i];
+            for (int64_t i = 0; i < table.pairs; ++i) to[i] = to[table.distance + i] = 0.0f;
+        });
+        pack(turned_query, turned_dim, [&](const float* query, float* to) {
+            for (int64_t i = 0; i < table.pairs; ++i) {
+                const int64_t place = Products::place(i, table.pairs);
+                to[place] = query[i], to[table.pairs + place] = query[table.distance + i];
+            }
+        });
+        if (turns && table.is_steady) {
+            std::memcpy(turning, made, static_cast<size_t>(rows * turned_dim) * 4);
+            make_relative();
+        }
+    }
+
+    template <class Make>
+    void pack(Number* to, int64_t dim, Make make) {
+        if (!dim) return;
+        std::memset(made, 0, static_cast<size_t>(rows * dim) * 4);
+        for (int64_t r = 0; r < rows; ++r) make(query_of(r), made + r * dim);
+        Products::pack(made, rows, dim, to);
+    }
+
+    void table_row(int64_t token, float* cosine, float* sine) const {
+        const Table& table = call.table;
+        const int64_t index = (sequence * table.batch_stride + token * table.row_stride) * static_cast<int64_t>(bytes_of(table.kind));
+        widen_row(table.kind, table.cosine + index, table.pairs, cosine);
+        widen_row(table.kind, table.sine + index, table.pairs, sine);
+    }
+
+    // Row i turns by as much as row i of the table more than its first; every block of successive rows turns so, after its own first row. Keys are scaled
+    // as they turn. Each thread makes it once for a call.
+    void make_relative() {
+        if (kept->serial == call.serial && (kept->sequence == sequence || call.table.batch_stride == 0) && !call.key_scales.of_channels) return;
+        const int64_t n = call.table.pairs;
+        float *first_cosine = row, *first_sine = row + n, *cosine = first_sine + n, *sine = cosine + n;
+        table_row(0, first_cosine, first_sine);
+        for (int64_t k = 0; k < (call.keys < TILE ? call.keys : TILE); ++k) {
+            table_row(k, cosine, sine);
+            for (int64_t i = 0; i < n; ++i) {
+                const float c = cosine[i], s = sine[i], c0 = first_cosine[i], s0 = first_sine[i], square = c0 * c0 + s0 * s0;
+                cosine[i] = (c * c0 + s * s0) / square;
+                sine[i] = (s * c0 - c * s0) / square;
+            }
+            Products::make_turn(cosine, sine, scale, scale + call.table.distance, n, is_scaled, relative + k * Products::turns(n, is_scaled));
+        }
+        *kept = {call.serial, sequence};
+    }
+
+    // q . R(first) R(more) k = R(first)^T q . R(more) k: the queries are turned back once for a tile, and all tiles turn by the same few rows.
+    void turn_queries_back(int64_t first) {
+        const int64_t n = call.table.pairs;
+        float *cosine = row, *sine = row + n, *c = sine + n, *s = c + n;
+        table_row(first, cosine, sine);
+        for (int64_t i = 0; i < n; ++i) c[Products::place(i, n)] = cosine[i], s[Products::place(i, n)] = sine[i];
+        for (int64_t r = 0; r < rows; ++r) {
+            const float *a = turning + r * turned_dim, *b = a + n;
+            float *to = made + r * turned_dim;
+            for (int64_t i = 0; i < n; ++i) {
+                to[i] = a[i] * c[i] + b[i] * s[i];
+                to[n + i] = b[i] * c[i] - a[i] * s[i];
+            }
+        }
+        Products::pack(made, rows, turned_dim, turned_query);  // what the rows are filled up with is 0 since they were first packed
+    }
+
+    struct Tile {
+        const Number* data;
+        int64_t stride;
+    };
+
+    // Rows [first, first + count) of a head, `count` filled up to `full`: where they lie, if they lie as the products want them, or a copy.
+    Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to) {
+        const char* from = row_of(call, rows_of, sequence, kv_head, first);
+        if (rows_of.kind == OWN && dim == wide && count == full && !some) return {reinterpret_cast<const Number*>(from), rows_of.row_stride};
+        const int64_t step = rows_of.row_stride * static_cast<int64_t>(bytes_of(rows_of.kind));
+        for (int64_t k = 0; k < full; ++k, from += step) {
+            Number* target = to + k * wide;
+            if (!call.pages)
+                for (int64_t byte = 0; byte < dim * static_cast<int64_t>(bytes_of(rows_of.kind)); byte += 64) ask(from + TILE * step + byte);
+            if (k >= count || (some && view.hidden[k])) {
+                std::memset(target, 0, static_cast<size_t>(wide) * sizeof(Number));
+                continue;
+            }
+            switch (rows_of.kind) {
+                case OWN: std::memcpy(target, from, static_cast<size_t>(dim) * sizeof(Number)); break;
+                case Kind::i8: convert(reinterpret_cast<const int8_t*>(from), dim, target); break;
+                default: widen_row(rows_of.kind, from, dim, row), Products::narrow(row, target, dim);
+            }
+            if (wide > dim) std::memset(target + dim, 0, static_cast<size_t>(wide - dim) * sizeof(Number));
+        }
+        return {to, wide};
+    }
+
+    template <class Stored>
+    static void convert(const Stored* from, int64_t dim, Number* to) {
+        int64_t i = 0;
+        for (; i + W <= dim; i += W) Products::put(to + i, widen(from + i));
+        if (i == dim) return;
+        float rest[W];
+        widen_row(from + i, dim - i, rest);
+        Products::narrow(rest, to + i, dim - i);
+    }
+
+    // The dimensions of `keys` that turn, scaled and turned: first all a, then all b.
+    void turn(const Tile& keys, int64_t first, int64_t count, int64_t full) {
+        const Table& table = call.table;
+        const int64_t n = table.pairs;
+        float *cosine = row, *sine = row + n;
+        for (int64_t k = 0; k < count; ++k) {
+            Number* to = turned + k * turned_dim;
+            const Number *a = keys.data + k * keys.stride, *b = a + table.distance;
+            const typename Products::Turn* by = relative + k * Products::turns(n, is_scaled);
+            if (!table.is_steady) {
+                by = once;
+                table_row(first + k, cosine, sine);
+                Products::make_turn(cosine, sine, scale, scale + table.distance, n, is_scaled, once);
+            }
+            is_scaled ? Products::template turn<true>(a, b, by, n, to) : Products::template turn<false>(a, b, by, n, to);
+            if (turned_dim > 2 * n) std::memset(to + 2 * n, 0, static_cast<size_t>(turned_dim - 2 * n) * sizeof(Number));
+        }
+        std::memset(turned + count * turned_dim, 0, static_cast<size_t>((full - count) * turned_dim) * sizeof(Number));
+    }
+
+    void look_at(int64_t first, int64_t count, bool some, Part part, int64_t stride) {
+        const int64_t full = up(count, Products::KEYS);
+        const int64_t shared_dim = call.value_dim > call.key_dim ? call.value_dim : call.key_dim;
+        const Tile keys = call.shares_value ? take(call.key, head, shared_dim, raw_dim, first, count, full, some, raw)
+                                            : take(call.key, head, call.key_dim, key_dim, first, count, full, some, raw);
+        std::memset(logits, 0, static_cast<size_t>(rows * TILE) * 4);
+        if (has_still) Products::logits(still_query, rows, key_dim, keys.data, keys.stride, full, logits, products);
+        if (turns) {
+            if (call.table.is_steady) turn_queries_back(first);
+            turn(keys, first, count, full);
+            Products::logits(turned_query, rows, turned_dim, turned, turned_dim, full, logits, products);
+        }
+        if (call.key_scales.of_tokens) multiply(call.key_scales, first, count);  // codes alone: what extends a key is none
+        if (call.extension_dim) {
+            const Tile more = take(call.extension, 0, call.extension_dim, extension_dim, first, count, full, some, extension);
+            Products::logits(extension_query, rows, extension_dim, more.data, more.stride, full, logits, products);
+        }
+        weigh(first, count, some, part, stride);
+        const Tile summed = call.shares_value ? keys : take(call.value, head, call.value_dim, value_dim, first, count, full, some, values);
+        Products::sums(logits, rows, value_dim, summed.data, summed.stride, full, part.values, stride, products);
+    }
+
+    // Logits become exp(logit - greatest), 0 where nothing is seen; what was summed before is scaled to the new greatest one.
+    void weigh(int64_t first, int64_t count, bool some, Part part, int64_t stride) {
+        const int64_t padded_count = up(count, W);
+        for (int64_t r = 0; r < rows; ++r) {
+            float* x = logits + r * TILE;
+            Floats best = all(NOTHING);
+            for (int64_t k = 0; k < padded_count; k += W) {
+                Floats l = load(x + k) * call.scale;
+                if (call.soft_cap > 0) l = call.soft_cap * tanh(l / call.soft_cap);
+                store(x + k, l);
+            }
+            for (int64_t k = count; k < padded_count; ++k) x[k] = NOTHING;
+            if (some)
+                for (int64_t k = 0; k < count; ++k)
+                    if (!view.seen[r % call.queries * TILE + k]) x[k] = NOTHING;
+            for (int64_t k = 0; k < padded_count; k += W) best = greater(best, load(x + k));
+            const float tile_best = greatest(best), old = part.greatest[r], now = old < tile_best ? tile_best : old;
+            const float origin = now == NOTHING ? 0.0f : now;
+            Floats total = {};
+            for (int64_t k = 0; k < padded_count; k += W) {
+                const Floats weight = exp(load(x + k) - origin);
+                total += weight;
+                store(x + k, weight);
+            }
+            for (int64_t k = padded_count; k < TILE; ++k) x[k] = 0;
+            if (now != old) {
+                const float shrink = exp(all(old - origin))[0];
+                part.total[r] *= shrink;
+                for (int64_t i = 0; i < stride; ++i) part.values[r * stride + i] *= shrink;
+                part.greatest[r] = now;
+            }
+            part.total[r] += sum(total);
+        }
+        if (call.value_scales.of_tokens) multiply(call.value_scales, first, count);
+    }
+
+    // Logits, or weights, by the scales of their tokens.
+    void multiply(const Scales& scales, int64_t first, int64_t count) {
+        float factors[TILE] = {};
+        int64_t batch = sequence, token = first;
+        if (call.pages) {
+            batch = call.pages[sequence * call.pages_per_sequence + first / call.page_tokens];
+            token = first % call.page_tokens;
+        }
+        const float* from = scales.of_tokens + batch * scales.batch_stride + head * scales.head_stride + token * scales.row_stride;
+        for (int64_t k = 0; k < count; ++k) factors[k] = from[k * scales.row_stride];
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t k = 0; k < count; k += W) store(logits + r * TILE + k, load(logits + r * TILE + k) * load(factors + k));
+    }
+};
+
+template <class Products>
+size_t scratch_bytes(const Call& call) {
+    return Attention<Products>(call, 0, 0, nullptr).shelf.used;
+}
+
+template <class Products>
+void attend(const Call& call, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, char* scratch, Part part) {
+    Attention<Products>(call, sequence, kv_head, scratch).run(first, last, part);
+}
+
+}  // namespace
