@@ -12,6 +12,7 @@ import transformers
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.models.gemma4 import modeling_gemma4
+from transformers.models.gemma4_unified import modeling_gemma4_unified
 
 VOCAB = 99
 
@@ -53,6 +54,13 @@ def gemma(seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def gemma_unified(seed: int = 0) -> Any:
+    """The classes of the 12B model, which reads images and sound without an encoder."""
+    changes = {"attention_k_eq_v": True, "eos_token_id": None}
+    config = transformers.Gemma4UnifiedTextConfig(**(GEMMA | changes))
+    return randomized(transformers.Gemma4UnifiedForCausalLM(config), seed)
+
+
 PER_LAYER_INPUTS: dict[str, Any] = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
 
 
@@ -80,19 +88,22 @@ def gemma_changes(draw: st.DrawFn) -> dict[str, Any]:
 
 @contextmanager
 def norms_in_float64() -> Iterator[None]:
-    """Gemma's norms computed in the dtype of the model. As they come they compute in float32, whose steps make of the last bit of a float64 number a jump
+    """Gemmas' norms computed in the dtype of the model. As they come they compute in float32, whose steps make of the last bit of a float64 number a jump
     of 6e-8, in any order of operations but one; nothing finer could be compared."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         normed = self._norm(hidden_states)
         return normed * self.weight if self.with_scale else normed
 
-    kept = modeling_gemma4.Gemma4RMSNorm.forward
-    modeling_gemma4.Gemma4RMSNorm.forward = forward
+    norms = modeling_gemma4.Gemma4RMSNorm, modeling_gemma4_unified.Gemma4UnifiedRMSNorm
+    kept = [norm.forward for norm in norms]
+    for norm in norms:
+        norm.forward = forward
     try:
         yield
     finally:
-        modeling_gemma4.Gemma4RMSNorm.forward = kept
+        for norm, own in zip(norms, kept, strict=True):
+            norm.forward = own
 
 
 _SIZES: dict[str, Any] = {

@@ -22,6 +22,7 @@ from halving_models import (
     diffusion_gemma,
     gemma,
     gemma_changes,
+    gemma_unified,
     gemma_with_images,
     going_on,
     norms_in_float64,
@@ -116,6 +117,19 @@ def test_a_halved_gemma_is_the_gemma(changes: dict[str, Any], seed: int, length:
         check(before, outcomes(model, length, padding), 1e-8)
         restore(model)
         again = outcomes(model, length, padding)
+    assert all(torch.equal(before[name], again[name]) for name in before)
+
+
+def test_the_classes_of_the_12b_model_are_halved_too():
+    model = gemma_unified()
+    with norms_in_float64():
+        before, whole = outcomes(model, 17, 3), sum(cache_bytes(cache_of(model(tokens(1, 30), use_cache=True))))
+        report = halve(model)
+        assert [layer.is_halved for layer in report.layers] == [False, False, True] * 2
+        check(before, outcomes(model, 17, 3), 1e-8)
+        assert sum(cache_bytes(cache_of(model(tokens(1, 30), use_cache=True)))) == whole - 2 * 30 * 32 * 8
+        restore(model)
+        again = outcomes(model, 17, 3)
     assert all(torch.equal(before[name], again[name]) for name in before)
 
 
