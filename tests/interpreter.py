@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,15 +30,51 @@ def run_interpreted(file: str, *options: str, interpret: bool = True) -> None:
 
 
 def mend_interpreter() -> None:
-    """NumPy from 2.4 on takes no array of one number for that number, as Triton 3.6 does where a loop's bounds are its own tensors."""
-    from triton.runtime import interpreter
+    """Let the interpreter of Triton 3.6 do what a GPU does.
 
-    patch = interpreter._patch_lang_tensor
+    It takes arrays of one number for that number, which NumPy from 2.4 on refuses, where a loop's bounds are tensors; it cuts numbers off where they are to be
+    rounded to 16 bits, knows no constants of bfloat16, and multiplies matrices of bfloat16 as if their bits were whole numbers.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    floats = {
+        tl.bfloat16: torch.bfloat16,
+        tl.float16: torch.float16,
+        tl.float32: torch.float32,
+        tl.float64: torch.float64,
+    }
+    floats |= {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+    kept_as_bits = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8, tl.float8e5: torch.uint8}
+    cast, patch = InterpreterBuilder.cast_impl, interpreter._patch_lang_tensor
+
+    def as_torch(handle):
+        given = torch.from_numpy(np.array(handle.data))
+        return given.view(floats[handle.dtype.scalar]) if handle.dtype.scalar in kept_as_bits else given
+
+    def convert(self, source, kind, *_):
+        kind = kind.scalar
+        if kind not in floats or (kind in (tl.float32, tl.float64) and source.dtype.scalar not in kept_as_bits):
+            return cast(self, source, kind)
+        found = as_torch(source).to(floats[kind])
+        found = found.view(kept_as_bits[kind]) if kind in kept_as_bits else found
+        return TensorHandle(found.numpy(), kind)
+
+    def dot(self, a, b, total, *_):
+        product = as_torch(a).to(torch.float32) @ as_torch(b).to(torch.float32)
+        return TensorHandle(product.numpy() + total.data, total.dtype.scalar)
+
+    def bfloat16_constant(self, value):
+        return convert(self, TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.bfloat16)
 
     def patch_and_mend(tensor, scope):
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    InterpreterBuilder.cast_impl = InterpreterBuilder.create_fp_to_fp = convert
+    InterpreterBuilder.create_dot = dot
+    InterpreterBuilder.get_bf16 = bfloat16_constant
     interpreter._patch_lang_tensor = patch_and_mend
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.kernels import folded, native, reference, scaled_dot_product
+from twofold.kernels import folded, native, reference, scaled_dot_product, triton_decode
 from twofold.kernels.inputs import Inputs, Mask, Problem, Rotation
 
 __all__ = ["BACKENDS", "Choice", "Inputs", "Mask", "Problem", "Rotation", "attend", "check_name", "choose"]
@@ -28,7 +28,7 @@ class Backend:
 
 BACKENDS: Mapping[str, Backend] = {
     module.NAME: Backend(attend=module.attend, supports=module.supports)
-    for module in (native, scaled_dot_product, reference, folded)
+    for module in (native, triton_decode, scaled_dot_product, reference, folded)
 }
 
 

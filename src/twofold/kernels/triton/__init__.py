@@ -17,7 +17,6 @@ INTERPRETED_MULTIPROCESSORS = 4
 """Of the interpreter: so few that small tests share a sequence out among several programs, and so many that they do."""
 
 
-@torch.compiler.assume_constant_result
 def why_not(device: str) -> str:
     """Why Triton cannot run on a device ("cuda", "cpu"); empty: it can."""
     if not IS_INSTALLED:
@@ -35,6 +34,16 @@ def why_not(device: str) -> str:
 def is_interpreting() -> bool:
     """Whether kernels are carried out by Triton's interpreter. Read from the environment, as Triton itself does when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def has_float8(device: str) -> bool:
+    """Whether it reads float8_e4m3fn; float8_e5m2 is half a float16, which all do."""
+    return device == "cpu" or compute_capability() >= (8, 9)
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole of the compiler to do it.
+for asked in (why_not, has_float8):
+    asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

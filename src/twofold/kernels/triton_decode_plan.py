@@ -1,0 +1,218 @@
+"""What the decode kernel is compiled for: what a call computes, the sizes of its tiles, and into how many parts the keys are shared out.
+
+A :class:`Plan` is the whole key of a compiled kernel, and depends on shapes and kinds alone, never on what a tensor holds: a call that was captured in a CUDA graph
+serves every later length. Nothing here needs torch or Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+SHARED_BYTES = 227 * 1024
+"""Of a multiprocessor of an H100 or H200, for all of its programs; each takes 1 KiB more than it asks for."""
+MAX_PARTS = 256
+PARTS_AT_A_TIME = 16
+"""How many parts of a row the second kernel reads at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a call computes, as far as a kernel is compiled for it. Sizes in numbers of elements; ``bits`` of a key's element."""
+
+    head_dim: int
+    value_dim: int
+    rows: int
+    bits: int
+    shares: bool
+    causal: bool
+    pairs: int = 0
+    distance: int = 0
+    table_bits: int = 0
+    is_steady: bool = False
+    extension_dim: int = 0
+    page: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A compiled kernel: the call's fields, and its tiles.
+
+    A tile is ``keys`` × ``pieces`` · ``columns``; ``rows`` of queries per program; ``turn_pieces`` of ``turn_columns`` pairs each turn, taken from pieces of the tile that
+    lie ``partner`` pieces apart, or read ``again`` where the tile cannot be cut so; ``carries``: an iteration hands its tile to the next, see the kernel; ``is_whole``: the
+    keys are not shared out. ``parts_at_a_time`` are added up; ``warps`` and ``stages`` are Triton's.
+    """
+
+    head_dim: int
+    value_dim: int
+    causal: bool
+    pairs: int
+    distance: int
+    extension_dim: int
+    page: int
+    keys: int
+    rows: int
+    columns: int
+    pieces: int
+    value_columns: int
+    value_pieces: int
+    first_value: int
+    turn_columns: int
+    turn_pieces: int
+    turn_limit: int
+    partner: int
+    extension_columns: int
+    again: bool
+    is_steady: bool
+    carries: bool
+    is_whole: bool
+    parts_at_a_time: int
+    warps: int
+    stages: int
+
+    @property
+    def stream_dim(self) -> int:
+        """Columns of a key as it is held."""
+        return self.head_dim
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The power of two that holds ``size``; products take 16 at least.
+
+    >>> padded(80), padded(3), padded(512)
+    (128, 16, 512)
+    """
+    return max(least, 1 << (size - 1).bit_length())
+
+
+@cache
+def plan_of(call: Call, units: int, num_keys: int, multiprocessors: int) -> tuple[Plan, int]:
+    """The plan of a call with ``units`` pairs of a sequence and a KV head, over at most ``num_keys`` keys, and into how many parts these are shared out."""
+    rows = rows_of(call)
+    if rows > 16:  # registers are for sums: angles are read with the keys
+        call = replace(call, is_steady=False)
+    columns, turn_columns, again = _pieces(call)
+    tiles = tiles_of(call, rows)
+    turn_pieces = -(-call.pairs // turn_columns) if call.pairs else 0
+    pieces = padded(call.head_dim) // columns
+    parts = parts_of(units * -(-call.rows // rows), -(-num_keys // tiles.keys), multiprocessors * tiles.programs)
+    plan = Plan(
+        head_dim=call.head_dim,
+        value_dim=call.value_dim,
+        causal=call.causal,
+        pairs=call.pairs,
+        distance=call.distance,
+        extension_dim=call.extension_dim,
+        page=call.page,
+        keys=tiles.keys,
+        rows=rows,
+        columns=columns,
+        pieces=pieces,
+        value_columns=columns if call.shares else padded(call.value_dim),
+        value_pieces=pieces if call.shares else 1,
+        first_value=0 if call.shares else pieces,
+        turn_columns=turn_columns,
+        turn_pieces=turn_pieces,
+        turn_limit=call.pairs if again else turn_pieces * turn_columns,
+        partner=call.distance // columns if turn_pieces and not again else 0,
+        extension_columns=padded(call.extension_dim) if call.extension_dim else 0,
+        again=again,
+        is_steady=call.is_steady,
+        carries=call.bits == 8,
+        is_whole=parts == 1,
+        parts_at_a_time=PARTS_AT_A_TIME,
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )
+    return plan, parts
+
+
+def rows_of(call: Call) -> int:
+    """How many rows of queries a program takes; more than 64, and 32 of the widest keys that turn in many dimensions, are several programs' that read the same keys."""
+    return min(padded(call.rows), 32 if call.head_dim > 256 and call.pairs > 64 else 64)
+
+
+def _pieces(call: Call) -> tuple[int, int, bool]:
+    """Columns of a piece of the tile, pairs that turn at a time, and whether these are read again.
+
+    Where the halves of the pairs lie a whole number of pieces apart, each piece is a half of some pairs, and nothing is read twice.
+    """
+    columns = padded(call.head_dim)
+    if not call.pairs:
+        return columns, 0, False
+    half = min(64, columns // 2)
+    fits = call.bits == 16 or columns <= 128  # a tile that waits in registers leaves no room to hold it in pieces
+    if fits and half >= 16 and call.distance % half == 0:
+        return half, half, False
+    return columns, min(64, padded(call.pairs)), True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Keys of a tile, Triton's warps and stages, and how many programs a multiprocessor holds at a time."""
+
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def tiles_of(call: Call, rows: int) -> Tiles:
+    """The sizes for a call, by what a multiprocessor has: registers for the sums, shared memory for the tiles that are on their way.
+
+    Memory answers after about a microsecond, in which it could bring 24 KiB to each multiprocessor of an H100 and 36 to one of an H200: that much and more must be on
+    its way at any time. Products of 64 keys and more are made by whole groups of warps from shared memory; those of 32 are not, and are for tiles so wide
+    that fewer than three of them would fit. Registers and shared memory of each compiled kernel are looked at by ``tests/test_triton_decode.py``.
+    """
+    width = max(padded(call.head_dim), padded(call.value_dim), 64)
+    if call.bits == 8:
+        return _tiles_in_registers(call, rows, width)
+    warps = 8 if width * rows >= 512 * 32 else 4
+    programs = min(
+        {64: 4, 128: 3, 256: 2, 512: 1}[width],
+        {16: 4, 32: 2, 64: 8 // warps}[rows],
+        2 if call.pairs and width == 64 else 4,
+    )
+    keys = 128 if width == 64 and call.shares and rows == 16 else 64
+    while (stages := _stages(call, rows, keys, programs)) < 3 and keys > 32:
+        if programs > 1:
+            programs -= 1
+        else:
+            keys //= 2
+    return Tiles(keys=keys, warps=warps, stages=stages, programs=programs)
+
+
+def _tiles_in_registers(call: Call, rows: int, width: int) -> Tiles:
+    """The same for 8-bit numbers: while a tile is multiplied, in 16 bits, the next one waits in registers as it came."""
+    turns = call.pairs > 0
+    if width == 512:
+        return Tiles(keys=32, warps=4 if rows == 16 else 8, stages=2, programs=2 if rows == 16 else 1)
+    if rows == 64:
+        return Tiles(keys=64, warps=8, stages=2, programs=1)
+    programs = 3 if rows == 16 and width <= 128 and not turns else 2
+    return Tiles(keys=128 if rows == 16 and width == 64 else 64, warps=4, stages=2, programs=programs)
+
+
+def _stages(call: Call, rows: int, keys: int, programs: int) -> int:
+    """How many tiles of 16-bit numbers fit into the share of shared memory that one of some programs has; never more than 4."""
+    _, turn_columns, again = _pieces(call)
+    turning = -(-call.pairs // turn_columns) * turn_columns if call.pairs else 0
+    query = padded(call.head_dim) + 2 * turning + (padded(call.extension_dim) if call.extension_dim else 0)
+    tile = padded(call.head_dim) + (0 if call.shares else padded(call.value_dim))
+    tile += padded(call.extension_dim) if call.extension_dim else 0
+    tile += 2 * turning * again + (0 if call.is_steady else 2 * turning * call.table_bits // 16)
+    room = SHARED_BYTES // programs - 1024 - 2 * rows * query - 4096 - 2 * keys * rows
+    return max(2, min(4, room // (2 * keys * tile)))
+
+
+def parts_of(units: int, tiles: int, programs: int) -> int:
+    """Into how many parts the keys of each unit are shared out, where ``programs`` run at a time.
+
+    The time is that of the programs that run one after another in a place, each of as many tiles as a part has, and of one more to fill the pipeline and to leave
+    the sums. Of equal times the fewest parts are taken: they are added up afterwards.
+    """
+
+    def time(parts: int) -> int:
+        return -(-units * parts // programs) * (-(-tiles // parts) + 1)
+
+    return min(range(1, max(1, min(tiles, MAX_PARTS)) + 1), key=time)

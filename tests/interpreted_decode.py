@@ -1,0 +1,376 @@
+"""The Triton kernel of decoding, carried out: by the interpreter on a CPU, or by a GPU where there is one. Run by ``test_triton_decode.py``.
+
+What is right is the reference in float64; how much it may be missed by is what PyTorch's own kernel misses it by, twice, on keys and values that were made ready
+for it. Sizes are small and odd, and programs few, so that keys are shared out in all ways.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from interpreter import DEVICE
+from twofold import kernels
+from twofold.kernels import Inputs, Mask, Rotation, reference, scaled_dot_product, triton_decode
+from twofold.kernels.triton import decode_launch
+
+# What NumPy says of the infinities that a softmax is made with.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DTYPES = (torch.bfloat16, torch.float16)
+CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def drawn(seed: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A function that draws tensors of a shape."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator)).to(dtype).to(DEVICE)
+
+    return normal
+
+
+def rotation_of(
+    num_keys: int, pairs: int, distance: int, dtype: torch.dtype, *, first: int = 0, steady: bool
+) -> Rotation:
+    frequencies = 10000.0 ** (-torch.arange(pairs, dtype=torch.float64, device=DEVICE) / pairs)
+    angles = torch.arange(first, first + num_keys, dtype=torch.float64, device=DEVICE)[:, None] * frequencies
+    cosine, sine = angles.cos(), angles.sin()
+    return Rotation(
+        cosine=cosine.to(dtype), sine=sine.to(dtype), distance=distance,
+        steady=(cosine.float(), sine.float()) if steady else None,
+    )  # fmt: skip
+
+
+def exact(inputs: Inputs) -> Inputs:
+    """The same numbers in float64, codes as what they mean; of two tables of angles, the finer one."""
+    plain, rotation, mask = inputs, inputs.key_rotation, inputs.mask
+    doubled: dict[str, Any] = {}
+    for name in ("query", "key_scale", "key_extension", "bias", "sinks", "key_scales", "value_scales"):
+        tensor = getattr(plain, name)
+        doubled[name] = None if tensor is None else tensor.double()
+    doubled["key"] = plain.key if plain.key.dtype in CODES else plain.key.double()
+    doubled["value"] = doubled["key"] if plain.shares_value else plain.value.double()
+    if rotation is not None:
+        cosine, sine = rotation.steady or (rotation.cosine, rotation.sine)
+        doubled["key_rotation"] = Rotation(cosine=cosine.double(), sine=sine.double(), distance=rotation.distance)
+    return replace(inputs, mask=mask, **doubled)
+
+
+def by_pytorch(inputs: Inputs) -> Tensor:
+    """PyTorch's call in the dtype of the query; what it does not know is undone before, or done by the reference in that dtype."""
+    plain = inputs.plain
+    if inputs.soft_cap or inputs.sinks is not None:
+        return reference.attend(plain)
+    return scaled_dot_product.attend(plain)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).abs().max()) if wanted.numel() else 0.0
+
+
+def assert_close(found: Tensor, inputs: Inputs) -> None:
+    """As near to the truth as PyTorch, within a factor of 2; an output that is rounded once is as near as can be."""
+    wanted = reference.attend(exact(inputs))
+    rounding = torch.finfo(found.dtype).eps / 2 * float(wanted.abs().max())
+    assert found.shape == wanted.shape
+    assert error(found, wanted) <= 2 * max(error(by_pytorch(inputs), wanted), rounding)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Inputs:
+    """Heads, dims, keys that turn or are extended, masks, codes, pages: everything by itself and much of it together."""
+    dtype = draw(st.sampled_from(DTYPES))
+    normal = drawn(draw(st.integers(0, 2**31)), dtype)
+    batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (2, 3, 1), (1, 2, 5), (2, 1, 17), (1, 1, 64)]))
+    head_dim, num_queries = draw(st.sampled_from([16, 64, 72, 80, 128, 192, 512])), draw(st.sampled_from([1, 1, 2, 5]))
+    page = draw(st.sampled_from([0, 0, 16, 48]))
+    num_keys = draw(st.sampled_from([7, 15, 16, 17, 63, 65, 130, 200])) if not page else page * draw(st.integers(1, 5))
+    num_keys = max(num_keys, num_queries)
+    shares, codes = draw(st.booleans()), draw(st.sampled_from([None, None, None, *CODES]))
+    extension = draw(st.sampled_from([0, 0, 6, 32]))
+    num_pages = -(-num_keys // page) if page else 0
+    rows = (batch * num_pages + 1, kv_heads, page) if page else (batch, kv_heads, num_keys)
+    num_keys = num_pages * page if page else num_keys
+    streams = {"key": normal(*rows, head_dim), "key_scales": None, "value_scales": None}
+    streams["value"] = normal(*rows, draw(st.sampled_from([head_dim, 48])))
+    if codes is not None:
+        per_token = draw(st.booleans())
+        for name in ("key", "value"):
+            stream = streams[name]
+            streams[name] = (stream.float() * 30).clamp(-127, 127).round().to(codes)
+            scales = (*rows, 1) if per_token else (1, kv_heads, 1, stream.shape[3])
+            streams[f"{name}_scales"] = normal(*scales).float().abs() / 30 + 0.01
+    if shares:
+        streams |= {"value": streams["key"], "value_scales": streams["key_scales"]}
+    rotation = None
+    if draw(st.booleans()):
+        pairs, distance = draw(
+            st.sampled_from([(head_dim // 2, head_dim // 2), (8, 8), (head_dim // 8, head_dim // 2), (3, head_dim - 3)])
+        )
+        rotation = rotation_of(
+            num_keys, pairs, distance, dtype, first=draw(st.sampled_from([0, 1000])), steady=draw(st.booleans())
+        )
+    masks: dict[str, Any] = {"window_tokens": draw(st.sampled_from([0, 0, 1, 9, 70]))}
+    kind = "lengths" if page else draw(st.sampled_from(["all", "all", "key_mask", "lengths", "positions"]))
+    random = torch.Generator().manual_seed(num_keys)
+    if kind == "key_mask":
+        masks["key_mask"] = (torch.rand(batch, num_keys, generator=random) < 0.6).to(DEVICE)
+    elif kind == "lengths":
+        masks["lengths"] = torch.randint(0, num_keys + 1, (batch,), generator=random).to(DEVICE)
+    elif kind == "positions":
+        places = torch.randperm(2 * num_keys, generator=random)[:num_keys] - num_keys // 3
+        masks["positions"] = (torch.arange(num_keys, num_keys + num_queries).to(DEVICE), places.to(DEVICE))
+    heads = kv_heads * group
+    return Inputs(
+        query=normal(batch, heads, num_queries, head_dim + extension),
+        **streams,
+        mask=Mask(causal=draw(st.booleans()), **masks),
+        scale=(head_dim + extension) ** -0.5,
+        key_scale=normal(head_dim) if draw(st.booleans()) else None,
+        key_extension=normal(batch, 1, num_keys, extension) if extension else None,
+        key_rotation=rotation,
+        bias=normal(1, draw(st.sampled_from([1, heads])), num_queries, num_keys) if draw(st.booleans()) else None,
+        soft_cap=draw(st.sampled_from([0.0, 0.0, 5.0])),
+        sinks=normal(heads).float() if draw(st.booleans()) else None,
+        pages=torch.randperm(rows[0])[1:].reshape(batch, num_pages).to(DEVICE) if page else None,
+    )
+
+
+@given(inputs=calls())
+@settings(max_examples=60)
+def test_it_is_as_near_to_the_truth_as_pytorch(inputs: Inputs):
+    assert_close(kernels.attend(inputs, "triton_decode"), inputs)
+
+
+def test_the_comparison_notices_a_small_error():
+    normal = drawn(0)
+    key = normal(1, 2, 130, 64)
+    inputs = Inputs(query=normal(1, 4, 1, 64), key=key, value=key, mask=Mask(causal=True), scale=0.2)
+    output = triton_decode.attend(inputs)
+    assert_close(output, inputs)
+    for wrong in (output * 1.03, output.roll(1, dims=1), triton_decode.attend(replace(inputs, scale=0.21))):
+        with pytest.raises(AssertionError):
+            assert_close(wrong, inputs)
+
+
+def test_every_length_of_a_ragged_batch():
+    """What lies beyond a length is NaN, as memory that was never written may be."""
+    lengths = torch.tensor([1, 15, 16, 17, 63, 65, 1000, 0], device=DEVICE)
+    normal = drawn(1)
+    key = normal(len(lengths), 2, 1000, 64)
+    inputs = Inputs(
+        query=normal(len(lengths), 6, 1, 64), key=key, value=key, mask=Mask(causal=True, lengths=lengths), scale=0.125
+    )
+    beyond = torch.arange(1000, device=DEVICE) >= lengths[:, None]
+    unwritten = key.masked_fill(beyond[:, None, :, None], torch.nan)
+    found = triton_decode.attend(replace(inputs, key=unwritten, value=unwritten))
+    assert_close(found, inputs)
+    assert torch.equal(found[-1], torch.zeros_like(found[-1]))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 40])
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_into_however_many_parts_keys_are_shared_out(
+    multiprocessors: int, num_queries: int, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+    plan_for = decode_launch.plan_for
+    monkeypatch.setattr(decode_launch, "multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(decode_launch, "plan_for", lambda inputs: seen.append(plan_for(inputs)) or seen[-1])
+    normal = drawn(2)
+    key = normal(1, 1, 1500, 32)
+    sinks = normal(4).float()
+    inputs = Inputs(
+        query=normal(1, 4, num_queries, 32), key=key, value=key, mask=Mask(causal=True), scale=0.3, sinks=sinks
+    )
+    assert_close(triton_decode.attend(inputs), inputs)
+    (_, parts), *_ = seen
+    assert parts == {1: 4, 3: 12, 40: 12}[multiprocessors]
+
+
+def test_large_and_equal_logits():
+    normal = drawn(3)
+    key = normal(2, 1, 200, 64)
+    large = Inputs(query=normal(2, 2, 1, 64, scale=300.0), key=key, value=key, mask=Mask(causal=True), scale=1.0)
+    assert_close(triton_decode.attend(large), large)
+    equal = replace(large, query=torch.zeros_like(large.query))
+    assert_close(triton_decode.attend(equal), equal)
+    same = replace(large, key=(ones := torch.ones_like(key)), value=ones)
+    assert torch.equal(triton_decode.attend(same), torch.ones_like(large.query))
+    lowest = torch.full((1, 1, 1, 200), torch.finfo(key.dtype).min, dtype=key.dtype, device=DEVICE)
+    hidden = replace(equal, bias=lowest)  # as Transformers hides all keys from a query of padding
+    assert_close(triton_decode.attend(hidden), equal)
+
+
+def test_a_query_without_keys_gets_zero():
+    normal = drawn(4)
+    key = normal(2, 2, 40, 16)
+    mask = torch.zeros(2, 40, dtype=torch.bool, device=DEVICE)
+    mask[1, 7] = True
+    inputs = Inputs(query=normal(2, 2, 2, 16), key=key, value=key, mask=Mask(causal=True, key_mask=mask), scale=1.0)
+    for sinks in (None, normal(2).float()):
+        output = triton_decode.attend(replace(inputs, sinks=sinks))
+        assert not output[0].any()
+        assert output[1].any()
+    assert torch.equal(triton_decode.attend(inputs)[1], key[1, :, 7:8].expand(-1, 2, -1))
+
+
+def test_nan_stays_in_its_row():
+    normal = drawn(5)
+    key, query = normal(2, 2, 100, 32), normal(2, 4, 2, 32)
+    inputs = Inputs(query=query, key=key, value=key, mask=Mask(causal=True), scale=0.2)
+    clean = triton_decode.attend(inputs)
+    key[1, 0, 17] = torch.nan  # read by heads 0 and 1 of the second sequence
+    query[0, 3, 1] = torch.inf
+    found = triton_decode.attend(inputs)
+    touched = torch.zeros(2, 4, 2, dtype=torch.bool)
+    touched[1, :2], touched[0, 3, 1] = True, True
+    assert found[touched].isnan().all()
+    assert torch.equal(found[~touched], clean[~touched])
+
+
+def in_nan(tensor: Tensor, *, offset: int, stride: int = 1) -> Tensor:
+    """The same numbers in a larger buffer of NaN: between the dimensions, before and behind them, and ``stride`` apart in the last."""
+    *sizes, last = tensor.shape
+    room = torch.full((*(size + 2 for size in sizes), last * stride + 9), torch.nan, dtype=tensor.dtype, device=DEVICE)
+    part = room[tuple(slice(1, size + 1) for size in sizes)][..., offset : offset + last * stride : stride]
+    return part.copy_(tensor)
+
+
+@pytest.mark.parametrize(("offset", "stride"), [(0, 1), (3, 1), (1, 2)])
+def test_tensors_that_lie_anyhow_are_read_within_their_bounds(offset: int, stride: int):
+    normal = drawn(6)
+    key, query, value = normal(2, 2, 70, 80), normal(2, 6, 2, 96), normal(2, 2, 70, 40)
+    extension, rotation = normal(2, 1, 70, 16), rotation_of(70, 24, 40, torch.bfloat16, steady=False)
+    inputs = Inputs(
+        query=query, key=key, value=value, key_extension=extension, key_rotation=rotation, mask=Mask(causal=True),
+        scale=0.1, bias=normal(2, 6, 2, 70), sinks=normal(6), key_scale=normal(80),
+    )  # fmt: skip
+    lying = {name: in_nan(getattr(inputs, name), offset=offset, stride=stride) for name in (
+        "query", "key", "value", "key_extension", "bias", "sinks", "key_scale"
+    )}  # fmt: skip
+    tables = [in_nan(table, offset=offset, stride=stride) for table in (rotation.cosine, rotation.sine)]
+    turning = Rotation(cosine=tables[0], sine=tables[1], distance=rotation.distance)
+    found = triton_decode.attend(replace(inputs, **lying, key_rotation=turning))
+    assert torch.equal(found, triton_decode.attend(inputs))
+    shared = replace(inputs, value=inputs.key, key=inputs.key)
+    found = triton_decode.attend(replace(shared, key=lying["key"], value=lying["key"]))
+    assert torch.equal(found, triton_decode.attend(shared))
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_codes_beyond_a_length_are_not_read(dtype: torch.dtype):
+    """Of those of floats some mean NaN; scales that were never written are NaN."""
+    normal = drawn(7)
+    lengths = torch.tensor([40, 3], device=DEVICE)
+    key = normal(2, 1, 90, 64).to(dtype)
+    scales = normal(2, 1, 90, 1).float().abs()
+    inputs = Inputs(
+        query=normal(2, 3, 1, 64), key=key, value=key, mask=Mask(causal=True, lengths=lengths), scale=0.2,
+        key_scales=scales, value_scales=scales,
+    )  # fmt: skip
+    wanted = triton_decode.attend(inputs)
+    beyond = (torch.arange(90, device=DEVICE) >= lengths[:, None])[:, None, :, None]
+    unwritten = torch.where(beyond, torch.tensor(-1, dtype=torch.int8, device=DEVICE), key.view(torch.int8)).view(dtype)
+    scales = scales.masked_fill(beyond, torch.nan)
+    found = triton_decode.attend(
+        replace(inputs, key=unwritten, value=unwritten, key_scales=scales, value_scales=scales)
+    )
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("page", [16, 32, 48, 128])
+def test_pages_are_rows_that_lie_anywhere(page: int):
+    """As vLLM lays them out: [pages, tokens, heads, dims], of which only those of a text are written."""
+    normal = drawn(8)
+    lengths = torch.tensor([2 * page + 5, 1, 3 * page], device=DEVICE)
+    rows = normal(3, 2, 3 * page, 64)
+    table = torch.randperm(11, generator=torch.Generator().manual_seed(0))[:9].reshape(3, 3).to(torch.int32).to(DEVICE)
+    pages = torch.full((11, page, 2, 64), torch.nan, dtype=rows.dtype, device=DEVICE)
+    for text, length in enumerate(lengths.tolist()):
+        for place in range(length):
+            pages[table[text, place // page], place % page] = rows[text, :, place]
+    for text, length in enumerate(lengths.tolist()):
+        table[text, -(-length // page) :] = -1  # no page yet
+    inputs = Inputs(query=normal(3, 4, 2, 64), key=rows, value=rows, mask=Mask(causal=True, lengths=lengths), scale=0.2)
+    paged = pages.transpose(1, 2)
+    found = triton_decode.attend(replace(inputs, key=paged, value=paged, pages=table))
+    assert torch.equal(found, triton_decode.attend(inputs))
+
+
+def test_an_empty_batch():
+    key = torch.zeros(0, 2, 9, 16, dtype=torch.bfloat16, device=DEVICE)
+    query = torch.zeros(0, 4, 1, 16, dtype=torch.bfloat16, device=DEVICE)
+    output = triton_decode.attend(Inputs(query=query, key=key, value=key, mask=Mask(causal=True), scale=1.0))
+    assert output.shape == (0, 4, 1, 16)
+
+
+@pytest.mark.parametrize("first", [0, 5, 100_000])
+@pytest.mark.parametrize(("head_dim", "pairs", "distance"), [(64, 32, 32), (512, 64, 256), (80, 16, 16)])
+def test_steady_turning_is_the_turning_of_each_key(first: int, head_dim: int, pairs: int, distance: int):
+    """Far from the first position as near to it; the tables in 16 bits are another function, which these are nearer to."""
+    normal = drawn(9)
+    key = normal(1, 1, 300, head_dim)
+    inputs = Inputs(
+        query=normal(1, 4, 1, head_dim), key=key, value=key, mask=Mask(causal=True), scale=2 * head_dim**-0.5,
+        key_rotation=rotation_of(300, pairs, distance, torch.bfloat16, first=first, steady=True),
+    )  # fmt: skip
+    assert_close(triton_decode.attend(inputs), inputs)
+    rotation = inputs.key_rotation
+    assert rotation is not None
+    # Scaled tables, as those of YaRN, and rows of a batch that begin at positions of their own.
+    tables = [1.2 * table for table in (rotation.cosine, rotation.sine, *(rotation.steady or ()))]
+    cosine, sine, *steady = (torch.stack((table, table.roll(-7, 0)))[:, None, :290] for table in tables)
+    rotation = Rotation(cosine=cosine, sine=sine, distance=distance, steady=(steady[0], steady[1]))
+    key, query = key[:, :, :290].expand(2, -1, -1, -1), inputs.query.expand(2, -1, -1, -1)
+    scaled = replace(inputs, query=query, key=key, value=key, key_rotation=rotation)
+    assert_close(triton_decode.attend(scaled), scaled)
+
+
+# torch.compile
+
+
+def arguments_of(inputs: Inputs) -> tuple:
+    value = None if inputs.shares_value else inputs.value
+    counts = [int(inputs.mask.causal), inputs.mask.window_tokens, 0]
+    return inputs.query, inputs.key, value, triton_decode._others(inputs), counts, [inputs.scale, inputs.soft_cap]
+
+
+def test_it_is_an_operator_that_torch_knows():
+    normal = drawn(10)
+    key = normal(2, 1, 33, 16)
+    inputs = Inputs(query=normal(2, 3, 2, 16), key=key, value=key, mask=Mask(causal=True, window_tokens=9), scale=0.3)
+    for given_inputs in (inputs, replace(inputs, value=normal(2, 1, 33, 24), sinks=normal(3))):
+        torch.library.opcheck(triton_decode._operator, arguments_of(given_inputs))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_it_does_not_break_a_graph(shares: bool):
+    normal = drawn(11)
+    rotation = rotation_of(65, 8, 8, torch.bfloat16, steady=True)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
+        mask = Mask(causal=True, positions=(positions, torch.arange(65, device=DEVICE)))
+        inputs = Inputs(
+            query=query, key=key, value=key if shares else value, mask=mask, scale=0.4, key_rotation=rotation
+        )
+        return kernels.attend(inputs, "triton_decode") * 2
+
+    given_tensors = normal(2, 4, 1, 16), normal(2, 2, 65, 16), normal(2, 2, 65, 16), torch.tensor([40], device=DEVICE)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*given_tensors), attend(*given_tensors))
+    assert not torch.equal(attend(*given_tensors[:3], given_tensors[3] - 5), attend(*given_tensors))
+
+
+@pytest.mark.long
+@given(inputs=calls())
+@settings(max_examples=1500)
+def test_it_is_as_near_to_the_truth_as_pytorch_at_length(inputs: Inputs):
+    assert_close(kernels.attend(inputs, "triton_decode"), inputs)
