@@ -122,6 +122,7 @@ class Attention(nn.Module):
             keys = cache.key_positions(streams[0].shape[2])
         key, value, rotation = self._read(streams, keys, cache)
         extension = streams[-1] if spec.positions.key_extension_dim else None
+        lengths, positions = _places(queries, keys, query)
         output = attend(
             Inputs(
                 query=query,
@@ -135,7 +136,8 @@ class Attention(nn.Module):
                     window_tokens=spec.window_tokens,
                     key_mask=_keys_of(key_mask, keys),
                     segments=segments,
-                    positions=_unless_last(queries, keys, query.device),
+                    positions=positions,
+                    lengths=lengths,
                 ),
                 scale=spec.scale,
                 weights=weights,
@@ -314,11 +316,17 @@ def _keys_of(key_mask: Tensor | None, keys: Positions) -> Tensor | None:
     return key_mask[:, keys.clamp(min=0)] if isinstance(keys, Tensor) else key_mask[:, keys.start : keys.stop]
 
 
-def _unless_last(queries: Positions, keys: Positions, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Both as tensors, unless the queries are those of the last T of S successive keys, as kernels take for granted."""
-    if isinstance(queries, Span) and isinstance(keys, Span) and queries.stop == keys.stop:
-        return None
-    return indices(queries, device), indices(keys, device)
+def _places(queries: Positions, keys: Positions, query: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """How many keys there are [B], or where queries and keys stand; neither where the queries are those of the last T of S keys, as kernels take for granted.
+
+    Of a cache's room only the first slots hold keys. Kernels that are told how many need not read the rest.
+    """
+    if isinstance(keys, Span):
+        if isinstance(queries, Span) and queries.stop == keys.stop:
+            return None, None
+        if isinstance(queries, Tensor) and keys.start == 0:
+            return (queries[-1] + 1).expand(len(query)), None
+    return None, (indices(queries, query.device), indices(keys, query.device))
 
 
 def _check_mask(key_mask: Tensor | None, batch: int, queries: Positions, cache: StreamCache | None) -> None:
