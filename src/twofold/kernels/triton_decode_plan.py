@@ -7,13 +7,13 @@ serves every later length. Nothing here needs torch or Triton.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 
 SHARED_BYTES = 227 * 1024
 """Of a multiprocessor of an H100 or H200, for all of its programs; each takes 1 KiB more than it asks for."""
 MAX_PARTS = 256
-PARTS_AT_A_TIME = 16
-"""How many parts of a row the second kernel reads at a time."""
+NUMBERS_AT_A_TIME = 8192
+"""Of what parts leave, the second kernel reads so many at a time: 64 for each of its 128 threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def padded(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-@cache
+@lru_cache(maxsize=1024)
 def plan_of(call: Call, units: int, num_keys: int, multiprocessors: int) -> tuple[Plan, int]:
     """The plan of a call with ``units`` pairs of a sequence and a KV head, over at most ``num_keys`` keys, and into how many parts these are shared out."""
     rows = rows_of(call)
@@ -120,7 +120,7 @@ def plan_of(call: Call, units: int, num_keys: int, multiprocessors: int) -> tupl
         is_steady=call.is_steady,
         carries=call.bits == 8,
         is_whole=parts == 1,
-        parts_at_a_time=PARTS_AT_A_TIME,
+        parts_at_a_time=NUMBERS_AT_A_TIME // padded(call.value_dim),
         warps=tiles.warps,
         stages=tiles.stages,
     )

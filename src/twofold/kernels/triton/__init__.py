@@ -43,7 +43,7 @@ def has_float8(device: str) -> bool:
 
 # What torch.compiler.assume_constant_result does, which imports the whole of the compiler to do it.
 for asked in (why_not, has_float8):
-    asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    asked._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 @cache

@@ -12,6 +12,10 @@ from twofold.kernels.triton import decode, multiprocessors
 from twofold.kernels.triton_decode_plan import Call, Plan, plan_of
 
 
+PLANNED_TOKENS = 128
+"""A cache that grows is planned for anew after so many tokens, and not with each."""
+
+
 class Strided(NamedTuple):
     """A tensor as a kernel sees it; the strides are those of all its dimensions, in elements, 0 where it is to be repeated."""
 
@@ -102,6 +106,7 @@ def plan_for(inputs: Inputs) -> tuple[Plan, int]:
     window, num_keys, num_queries = inputs.mask.window_tokens, inputs.num_keys, inputs.query.shape[2]
     if window and inputs.mask.positions is None:
         num_keys = min(num_keys, (1 if inputs.mask.causal else 2) * window + num_queries)
+    num_keys = -(-num_keys // PLANNED_TOKENS) * PLANNED_TOKENS
     units = inputs.query.shape[0] * inputs.key.shape[1]
     return plan_of(call_of(inputs), units, num_keys, multiprocessors(inputs.query.device))
 
