@@ -3,6 +3,7 @@
     python benchmarks/halve.py                                  # a table: about 5 minutes of two cores and 6 GiB
     python benchmarks/halve.py --json > docs/results/halve.json
     python benchmarks/halve.py --device cuda                    # the same on a GPU
+    python benchmarks/halve.py --bits                           # what few bits do to logits on text (benchmarks/halve_bits.py): 6 minutes of a core
 
 Two models with random weights: one with the heads of Gemma 4 12B (16 query heads on one KV head of 512, 128 of whose dimensions turn) and one multi-head
 model with the heads of GPT-2 medium (16 of 64). Both are narrow elsewhere, so that attention is what is timed. Their caches are filled with drawn
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Gemma4ForCausalLM, Gemma4TextConfig, GPT2Config, GPT2LMHeadModel
 
+from halve_bits import READINGS, bit_rows
 from processes import output_of, resident_bytes
 from rows import Row, in_turn, ratio, row, show
 from twofold.estimate import Question, estimate_layers
@@ -301,6 +303,7 @@ def main(options: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="type of weights and caches")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="public")
+    parser.add_argument("--bits", action="store_true", help="what holding in few bits does on text, and nothing else")
     parser.add_argument("--point", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(options)
     if arguments.device != "cpu" and not torch.cuda.is_available():
@@ -308,6 +311,9 @@ def main(options: Sequence[str] | None = None) -> None:
     shape, dtype = SHAPES[arguments.shape], {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
     if arguments.point:
         print(json.dumps(point(*arguments.point, shape, dtype, arguments.device)))
+        return
+    if arguments.bits:
+        show([*bit_rows(READINGS[arguments.shape], arguments.device)], as_json=arguments.json)
         return
     rows = [
         *byte_rows(shape, dtype, arguments.device),

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from halving_models import MULTI_HEAD, gemma, randomized
+from halving_models import ENCODER_DECODER, MULTI_HEAD, gemma, randomized
 from twofold.cli import app
 from twofold.existing import halve, loading
 
@@ -108,6 +108,16 @@ def test_a_multi_head_model_is_told_with_its_errors(gpt2_folder: Path):
     for layer in layers:
         assert 0.5 < layer["measured_error"] / layer["predicted_error"] < 2
         assert layer["condition"] > 1
+
+
+def test_a_decoder_that_reads_an_encoder_is_told_with_both_attentions(tmp_path: Path):
+    home = folder(tmp_path, randomized(ENCODER_DECODER["t5"]()).float())
+    layers = told(home)["layers"]
+    assert [layer["name"].rsplit(".", 1)[1] for layer in layers] == ["SelfAttention", "EncDecAttention"] * 2
+    assert {layer["kept"] for layer in layers} <= {"keys", "values"}
+    assert "does not go on with a text" in mistake(home, "--text", "abc")
+    thin = folder(tmp_path / "thin", randomized(ENCODER_DECODER["t5"](d_kv=4)).float())
+    assert "make 16 floats of 32" in mistake(thin)
 
 
 def test_mistakes(tmp_path: Path, gpt2_folder: Path):

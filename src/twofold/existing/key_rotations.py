@@ -99,7 +99,9 @@ def key_positions(
     batch = max(len(position_ids), len(attention_mask))
     seen = is_seen(attention_mask)[:, 0].any(dim=-2).expand(batch, -1)
     # The last of the new tokens that is no padding, the position of which may be any.
-    latest = (seen[:, slots[:num_new] + (filled - num_new)] * slots[:num_new]).argmax(dim=-1, keepdim=True)
+    latest = torch.zeros_like(position_ids[:, :1]).expand(batch, -1)
+    if num_new > 1:
+        latest = (seen[:, slots[:num_new] + (filled - num_new)] * slots[:num_new]).argmax(dim=-1, keepdim=True)
     last, slot = position_ids.expand(batch, -1).gather(1, latest), filled - num_new + latest
     counted = seen.long().cumsum(dim=-1)
     by_count, by_slot = counted - counted.gather(1, slot) + last, slots - slot + last

@@ -11,6 +11,7 @@ from twofold.cache import QuantizedTiedLayer
 from twofold.cache_spec import CacheSpec
 from twofold.errors import TwofoldError
 from twofold.existing.halving import is_halved
+from twofold.existing.multi_head import window_tokens
 
 
 class HalvedQuantizedLayer(QuantizedTiedLayer):
@@ -35,8 +36,9 @@ def quantized_cache(
 ) -> DynamicCache:
     """A cache for a halved model whose halved layers hold their tensor in ``bits``, all but the last ``tail_tokens``; the others are as they were.
 
-    Give it to ``generate`` or a forward pass as ``cache`` (``past_key_values`` in older releases); each text or batch needs one of its own. Raises
-    TwofoldError for a model that is not halved or reads an encoder too, and for bits that there are not.
+    A layer with a window is short, and holds its tensor as computed. Give the cache to ``generate`` or a forward pass as ``cache`` (``past_key_values`` in
+    older releases); each text or batch needs one of its own. Raises TwofoldError for a model that is not halved or reads an encoder too, and for bits that
+    there are not.
     """
     layers: list[Any] = [layer for layer in model.modules() if is_halved(layer)]
     if not layers:
@@ -48,7 +50,7 @@ def quantized_cache(
             f"This {type(model).__name__} needs two caches, of the source and of the text, and this is one: leave the cache to it."
         )
     cache = DynamicCache(config=config.get_text_config(decoder=True))
-    for index in (layer.layer_idx for layer in layers):
+    for index in (layer.layer_idx for layer in layers if not window_tokens(layer)):
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
         cache.layers[index] = HalvedQuantizedLayer(spec)

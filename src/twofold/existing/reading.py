@@ -119,14 +119,13 @@ class Reader:
         if is_causal is None:
             is_causal = getattr(self.layer, "is_causal", True)
         is_causal = bool(is_causal) and num_queries > 1
-        slots = torch.arange(max(num_queries, num_keys), device=query.device)
-        # The queries are those of the first keys, and not of the last, in a prompt in a cache with room for more: there no mask means what it means to
-        # PyTorch. Nor are they of the last keys where there are fewer keys, as in a short source that a long text attends to.
-        places = slots[:num_queries], slots[:num_keys]
         if self.attention_mask is None and is_causal and num_queries < num_keys:
-            return Mask(causal=True, positions=places), self.bias
+            # A prompt in a cache with room for more: no mask means here, as it does to PyTorch, that the queries are those of the first keys.
+            return Mask(causal=True, positions=_first(num_queries, num_keys, query)), self.bias
         said, bias = mask_and_bias(self.attention_mask, self.bias, query, is_causal=is_causal)
-        return (replace(said, positions=places) if num_queries > num_keys else said), bias
+        if num_queries > num_keys:  # a long text attends to a short source: its tokens are not the last of that
+            said = replace(said, positions=_first(num_queries, num_keys, query))
+        return said, bias
 
     def attend(
         self,
@@ -158,3 +157,9 @@ class Reader:
             backend,
         )
         return output, weights[0] if weights else None
+
+
+def _first(num_queries: int, num_keys: int, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of queries and of keys, both counted from the first."""
+    slots = torch.arange(max(num_queries, num_keys), device=query.device)
+    return slots[:num_queries], slots[:num_keys]
