@@ -149,18 +149,11 @@ def projections(layer: Any, family: Family) -> tuple[Projection, Projection]:
     """Those of K and V. Raises TwofoldError for weights that are held in another form than numbers."""
     if family.fused:
         weight, bias = _linear(getattr(layer, family.fused))
-        parts = weight.shape[1] // (heads := num_heads(layer)[0]) // head_dim(layer)
-        if family.by_head:
-            weight = (
-                weight.unflatten(1, (heads, parts, -1))
-                .transpose(1, 2)
-                .flatten(2)
-                .movedim(1, 0)
-                .reshape(parts, weight.shape[0], -1)
-            )
-            bias = bias.unflatten(0, (heads, parts, -1)).transpose(0, 1).flatten(1)
-        else:
-            weight, bias = weight.unflatten(1, (parts, -1)).movedim(1, 0), bias.unflatten(0, (parts, -1))
+        heads, size = num_heads(layer)[0], head_dim(layer)
+        parts = len(bias) // (heads * size)
+        order, part = ((heads, parts, size), 1) if family.by_head else ((parts, heads, size), 0)
+        weight = weight.unflatten(1, order).movedim(1 + part, 0).flatten(2)
+        bias = bias.unflatten(0, order).movedim(part, 0).flatten(1)
         return Projection(weight[-2], bias[-2]), Projection(weight[-1], bias[-1])
     key, value = (Projection(*_linear(getattr(layer, name))) for name in family.sources)
     return key, value
