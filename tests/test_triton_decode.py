@@ -118,15 +118,15 @@ def ints(*shape: int) -> torch.Tensor:
         ({"value": torch.zeros(2, 2, 9, 16)}, "value has the dtype torch.float32, and torch.bfloat16 is wanted"),
         ({"value": torch.zeros(2, 2, 9, 520, dtype=torch.bfloat16)}, "values have 520 dimensions"),
         ({"key_scale": torch.zeros(15)}, "key_scale has the shape (15,)"),
-        ({"sinks": torch.zeros(2)}, "sinks has the shape (2,), and (4) is wanted"),
+        ({"sinks": torch.zeros(2)}, "sinks has the shape (2,), and (4,) is wanted"),
         ({"bias": torch.zeros(4, 1, 9)}, "bias has the shape (4, 1, 9), which does not spread to (2, 4, 1, 9)"),
         ({"bias": torch.zeros(1, 3, 1, 9)}, "does not spread"),
         ({"key_scales": torch.zeros(2, 2, 8, 1)}, "key_scales has the shape (2, 2, 8, 1)"),
         ({"key_scales": torch.zeros(1, 2, 1, 15)}, "which does not spread to (2, 2, 1, 16)"),
-        ({"pages": torch.zeros(2, 3)}, "(2, any) is wanted|pages has the dtype torch.float32"),
+        ({"pages": torch.zeros(2, 3)}, "pages has the dtype torch.float32"),
         ({"key_rotation": rotation(8)}, "cosine has the shape (8, 8), and (9, 8) or (2, 1, 9, 8) is wanted"),
         ({"key_rotation": rotation(9, 8, 9)}, "8 pairs of dimensions 9 apart do not lie in a head of 16"),
-        ({"mask": Mask(causal=True, lengths=ints(3))}, "lengths has the shape (3,), and (2) is wanted"),
+        ({"mask": Mask(causal=True, lengths=ints(3))}, "lengths has the shape (3,), and (2,) is wanted"),
         ({"mask": Mask(causal=True, key_mask=ints(2, 9))}, "key_mask has the dtype torch.int32"),
         ({"mask": Mask(causal=True, positions=(ints(2), ints(9)))}, "positions of queries has the shape (2,)"),
         ({"sinks": torch.zeros(4, device="meta")}, "one tensor is on cpu and another on meta"),
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_said_in_a_sentence(changes: dict[str, Any], reason
     triton_decode.check(call())
     with pytest.raises(TwofoldError) as caught:
         triton_decode.check(call(**changes))
-    assert any(part in str(caught.value) for part in reason.split("|")), caught.value
+    assert reason in str(caught.value)
     assert str(caught.value).count("\n") == 0
 
 
@@ -284,9 +284,10 @@ def compile_and_check(inputs: Inputs, compiled: dict[str, Compiled], max_spilled
     decode_launch.attend(inputs)
     made, shape = compiled["attend"], decode_launch.call_of(inputs)
     assert made.shared <= SHARED_BYTES
-    assert made.programs >= tiles_of(shape, rows_of(shape)).programs
+    assert made.programs >= tiles_of(shape, rows_of(shape)).programs - (inputs.bias is not None)
     assert made.spilled <= max_spilled
-    assert made.copies > 0  # tiles are on their way while others are multiplied
+    # Tiles are on their way while others are multiplied; those of 8-bit numbers in registers.
+    assert made.copies > 0 or shape.bits == 8
     return made
 
 

@@ -67,101 +67,105 @@ def attend(inputs: Inputs) -> Tensor:
     return _operator(inputs.query, inputs.key, value, others, counts, [inputs.scale, inputs.soft_cap])
 
 
-# What is refused
+# What is refused. Every call is checked, and so the words are put together for one that fails.
 
 
 def check(inputs: Inputs) -> None:
     """Raise TwofoldError, one sentence, for tensors that do not fit together or that the kernel does not know."""
     query, key, value, pages = inputs.query, inputs.key, inputs.value, inputs.pages
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _require(tensor.ndim == 4, f"{name} has the shape {tuple(tensor.shape)}: it has four dimensions")
+        if tensor.ndim != 4:
+            raise _misfit(f"{name} has the shape {tuple(tensor.shape)}: it has four dimensions")
     if reason := supports(inputs.problem):
         raise TwofoldError(f"The {NAME} backend cannot serve this: {reason}; use backend='auto'.")
-    batch, heads, num_queries, _ = query.shape
-    kv_heads, head_dim, num_keys = key.shape[1], key.shape[3], inputs.num_keys
-    _require(heads % kv_heads == 0, f"{heads} query heads do not share {kv_heads} KV heads: each has as many")
-    _require(value.shape[3] <= MAX_HEAD_DIM, f"values have {value.shape[3]} dimensions: it is for up to {MAX_HEAD_DIM}")
-    rows = key.shape[0] if pages is not None else batch
+    batch, heads, num_queries, query_dim = query.shape
+    rows, kv_heads, row_keys, head_dim = key.shape
     extension_dim = 0 if inputs.key_extension is None else inputs.key_extension.shape[-1]
-    mask, rotation = inputs.mask, inputs.key_rotation
+    if heads % kv_heads:
+        raise _misfit(f"{heads} query heads do not share {kv_heads} KV heads: each has as many")
+    if query_dim != head_dim + extension_dim:
+        raise _misfit(
+            f"{_shape('query', query)}, and {(batch, heads, num_queries, head_dim + extension_dim)} is wanted"
+        )
+    if pages is None and rows != batch:
+        raise _misfit(f"{_shape('key', key)}, and {(batch, kv_heads, row_keys, head_dim)} is wanted")
+    if value is not key:
+        _fits("value", value, (rows, kv_heads, row_keys, value.shape[3]), (key.dtype,))
+        if value.shape[3] > MAX_HEAD_DIM:
+            raise _misfit(f"values have {value.shape[3]} dimensions: it is for up to {MAX_HEAD_DIM}")
+    _check_others(inputs, (batch, heads, num_queries, inputs.num_keys))
+    if inputs.key_rotation is not None:
+        _check_rotation(inputs.key_rotation, (batch, inputs.num_keys, head_dim))
+    device = query.device
+    for other in (key, value, *_others(inputs)):
+        if other is not None and other.device != device:
+            raise _misfit(f"one tensor is on {device} and another on {other.device}")
+
+
+def _check_others(inputs: Inputs, sizes: tuple[int, int, int, int]) -> None:
+    """All but queries, keys and values, and angles."""
+    batch, heads, num_queries, num_keys = sizes
+    rows, kv_heads, row_keys, head_dim = inputs.key.shape
+    mask, extension = inputs.mask, inputs.key_extension
     whole = (torch.int32, torch.int64)
-    _fits("query", query, (batch, heads, num_queries, head_dim + extension_dim))
-    _fits("key", key, (rows, kv_heads, key.shape[2], head_dim))
-    _fits("value", value, (rows, kv_heads, key.shape[2], value.shape[3]), (key.dtype,))
+    if extension is not None:
+        _fits("key_extension", extension, (batch, 1, num_keys, extension.shape[-1]), (inputs.query.dtype,))
     _fits("key_scale", inputs.key_scale, (head_dim,))
-    _fits("key_extension", inputs.key_extension, (batch, 1, num_keys, extension_dim), (query.dtype,))
     _fits("sinks", inputs.sinks, (heads,))
-    _fits("pages", pages, (batch, None), whole)
+    if inputs.pages is not None:
+        _fits("pages", inputs.pages, (batch, inputs.pages.shape[-1]), whole)
     _fits("lengths", mask.lengths, (batch,), whole)
     _fits("key_mask", mask.key_mask, (batch, num_keys), (torch.bool,))
-    for name, positions, count in zip(("queries", "keys"), mask.positions or (), (num_queries, num_keys), strict=False):
-        _fits(f"positions of {name}", positions, (count,), whole)
-    _check_broadcast("bias", inputs.bias, (batch, heads, num_queries, num_keys))
+    if mask.positions is not None:
+        _fits("positions of queries", mask.positions[0], (num_queries,), whole)
+        _fits("positions of keys", mask.positions[1], (num_keys,), whole)
+    _spreads("bias", inputs.bias, sizes)
     for name, scales, dim in (
         ("key_scales", inputs.key_scales, head_dim),
-        ("value_scales", inputs.value_scales, value.shape[3]),
+        ("value_scales", inputs.value_scales, inputs.value.shape[3]),
     ):
         if scales is not None and scales.ndim == 4 and scales.shape[3] == 1:
-            _check_broadcast(name, scales, (rows, kv_heads, key.shape[2], 1), full=2)
-        elif scales is not None:
-            _check_broadcast(name, scales, (1 if pages is not None else batch, kv_heads, 1, dim), full=3)
-    if rotation is not None:
-        _check_rotation(rotation, (batch, num_keys, head_dim))
-    _check_devices(inputs)
-
-
-def _require(holds: bool, reason: str) -> None:
-    if not holds:
-        raise TwofoldError(f"The {NAME} backend was given tensors that do not fit together: {reason}.")
-
-
-def _fits(
-    name: str, tensor: Tensor | None, shape: Sequence[int | None], dtypes: Sequence[torch.dtype] | None = None
-) -> None:
-    if tensor is None:
-        return
-    fits = tensor.ndim == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=False)
-    )
-    words = ["any" if size is None else str(size) for size in shape]
-    _require(fits, f"{name} has the shape {tuple(tensor.shape)}, and ({', '.join(words)}) is wanted")
-    _require(
-        dtypes is None or tensor.dtype in dtypes,
-        f"{name} has the dtype {tensor.dtype}, and {' or '.join(map(str, dtypes or ()))} is wanted",
-    )
-
-
-def _check_broadcast(name: str, tensor: Tensor | None, shape: Sequence[int], full: int = 4) -> None:
-    """Dimensions of one element may stand for all, but not from dimension ``full`` on."""
-    if tensor is None:
-        return
-    sizes = zip(tensor.shape, shape, strict=False)
-    fits = tensor.ndim == len(shape) and all(
-        size == wanted or (size == 1 and dim < full) for dim, (size, wanted) in enumerate(sizes)
-    )
-    _require(fits, f"{name} has the shape {tuple(tensor.shape)}, which does not spread to {tuple(shape)}")
+            _spreads(name, scales, (rows, kv_heads, row_keys, 1), full=2)
+        else:
+            _spreads(name, scales, (batch if inputs.pages is None else 1, kv_heads, 1, dim), full=3)
 
 
 def _check_rotation(rotation: Rotation, sizes: tuple[int, int, int]) -> None:
     batch, num_keys, head_dim = sizes
     pairs = rotation.cosine.shape[-1]
-    fits = pairs <= rotation.distance <= head_dim - pairs
-    _require(fits, f"{pairs} pairs of dimensions {rotation.distance} apart do not lie in a head of {head_dim}")
+    if not pairs <= rotation.distance <= head_dim - pairs:
+        raise _misfit(f"{pairs} pairs of dimensions {rotation.distance} apart do not lie in a head of {head_dim}")
     for name, table in (("cosine", rotation.cosine), ("sine", rotation.sine)):
-        wanted = [(num_keys, pairs), (batch, 1, num_keys, pairs), (1, 1, num_keys, pairs)]
-        _require(
-            tuple(table.shape) in wanted,
-            f"{name} has the shape {tuple(table.shape)}, and {wanted[0]} or {wanted[1]} is wanted",
-        )
+        wanted = (num_keys, pairs), (batch, 1, num_keys, pairs), (1, 1, num_keys, pairs)
+        if tuple(table.shape) not in wanted:
+            raise _misfit(f"{_shape(name, table)}, and {wanted[0]} or {wanted[1]} is wanted")
 
 
-def _check_devices(inputs: Inputs) -> None:
-    device = inputs.query.device
-    for tensor in (inputs.key, inputs.value, *_others(inputs)):
-        _require(
-            tensor is None or tensor.device == device,
-            f"one tensor is on {device} and another on {tensor.device if tensor is not None else device}",
-        )
+def _fits(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise _misfit(f"{_shape(name, tensor)}, and {shape} is wanted")
+    if dtypes and tensor.dtype not in dtypes:
+        raise _misfit(f"{name} has the dtype {tensor.dtype}, and {' or '.join(map(str, dtypes))} is wanted")
+
+
+def _spreads(name: str, tensor: Tensor | None, shape: tuple[int, ...], full: int = 4) -> None:
+    """Dimensions of one element may stand for all, but not from dimension ``full`` on."""
+    if tensor is None or tuple(tensor.shape) == shape:
+        return
+    sizes = zip(tensor.shape, shape, strict=False)
+    fits = [size == wanted or (size == 1 and dim < full) for dim, (size, wanted) in enumerate(sizes)]
+    if tensor.ndim != len(shape) or not all(fits):
+        raise _misfit(f"{_shape(name, tensor)}, which does not spread to {shape}")
+
+
+def _shape(name: str, tensor: Tensor) -> str:
+    return f"{name} has the shape {tuple(tensor.shape)}"
+
+
+def _misfit(reason: str) -> TwofoldError:
+    return TwofoldError(f"The {NAME} backend was given tensors that do not fit together: {reason}.")
 
 
 # One operator for torch.compile

@@ -6,7 +6,7 @@ serves every later length. Nothing here needs torch or Triton.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 SHARED_BYTES = 227 * 1024
@@ -18,7 +18,11 @@ NUMBERS_AT_A_TIME = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What a call computes, as far as a kernel is compiled for it. Sizes in numbers of elements; ``bits`` of a key's element."""
+    """What a call computes, as far as a kernel is compiled for it. Sizes in numbers of elements; ``bits`` of a key's element.
+
+    Rows of keys and values begin at whole multiples of ``key_multiple`` elements, those of angles of ``table_multiple``: what is known to be aligned is read
+    16 bytes at a time.
+    """
 
     head_dim: int
     value_dim: int
@@ -32,6 +36,8 @@ class Call:
     is_steady: bool = False
     extension_dim: int = 0
     page: int = 0
+    key_multiple: int = 16
+    table_multiple: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,8 @@ class Plan:
     distance: int
     extension_dim: int
     page: int
+    key_multiple: int
+    table_multiple: int
     keys: int
     rows: int
     columns: int
@@ -89,8 +97,6 @@ def padded(size: int, least: int = 16) -> int:
 def plan_of(call: Call, units: int, num_keys: int, multiprocessors: int) -> tuple[Plan, int]:
     """The plan of a call with ``units`` pairs of a sequence and a KV head, over at most ``num_keys`` keys, and into how many parts these are shared out."""
     rows = rows_of(call)
-    if rows > 16:  # registers are for sums: angles are read with the keys
-        call = replace(call, is_steady=False)
     columns, turn_columns, again = _pieces(call)
     tiles = tiles_of(call, rows)
     turn_pieces = -(-call.pairs // turn_columns) if call.pairs else 0
@@ -104,6 +110,8 @@ def plan_of(call: Call, units: int, num_keys: int, multiprocessors: int) -> tupl
         distance=call.distance,
         extension_dim=call.extension_dim,
         page=call.page,
+        key_multiple=call.key_multiple,
+        table_multiple=call.table_multiple,
         keys=tiles.keys,
         rows=rows,
         columns=columns,
@@ -117,7 +125,7 @@ def plan_of(call: Call, units: int, num_keys: int, multiprocessors: int) -> tupl
         partner=call.distance // columns if turn_pieces and not again else 0,
         extension_columns=padded(call.extension_dim) if call.extension_dim else 0,
         again=again,
-        is_steady=call.is_steady,
+        is_steady=_is_steady(call, rows),
         carries=call.bits == 8,
         is_whole=parts == 1,
         parts_at_a_time=NUMBERS_AT_A_TIME // padded(call.value_dim),
@@ -130,6 +138,11 @@ def plan_of(call: Call, units: int, num_keys: int, multiprocessors: int) -> tupl
 def rows_of(call: Call) -> int:
     """How many rows of queries a program takes; more than 64, and 32 of the widest keys that turn in many dimensions, are several programs' that read the same keys."""
     return min(padded(call.rows), 32 if call.head_dim > 256 and call.pairs > 64 else 64)
+
+
+def _is_steady(call: Call, rows: int) -> bool:
+    """Whether the angles of a tile stay in registers; with many rows these are for sums, and angles are read with the keys."""
+    return call.is_steady and rows == 16
 
 
 def _pieces(call: Call) -> tuple[int, int, bool]:
@@ -200,7 +213,7 @@ def _stages(call: Call, rows: int, keys: int, programs: int) -> int:
     query = padded(call.head_dim) + 2 * turning + (padded(call.extension_dim) if call.extension_dim else 0)
     tile = padded(call.head_dim) + (0 if call.shares else padded(call.value_dim))
     tile += padded(call.extension_dim) if call.extension_dim else 0
-    tile += 2 * turning * again + (0 if call.is_steady else 2 * turning * call.table_bits // 16)
+    tile += 2 * turning * again + (0 if _is_steady(call, rows) else 2 * turning * call.table_bits // 16)
     room = SHARED_BYTES // programs - 1024 - 2 * rows * query - 4096 - 2 * keys * rows
     return max(2, min(4, room // (2 * keys * tile)))
 

@@ -22,11 +22,11 @@ from twofold.kernels.triton.decode_tiles import (
     columns_at,
     half_of,
     half_scale,
+    key_offsets,
     keys_at,
     places_of,
     program,
     read,
-    row_offsets,
     share,
     token_scale,
     unpacked,
@@ -155,7 +155,7 @@ def turned(logits, tiles, turning, keys, where, given, PLAN: tl.constexpr):
     DTYPE: tl.constexpr = query[0].dtype
     for piece in tl.static_range(TURN_PIECES):
         if PLAN.again:
-            offsets = row_offsets(slots, here, held.key, where, beside, PLAN)
+            offsets = key_offsets(slots, here, held.key, where, beside, PLAN)
             a = half_of(held.key, offsets, here, 0, piece, PLAN)
             b = half_of(held.key, offsets, here, 1, piece, PLAN)
         else:
@@ -236,9 +236,10 @@ def leave(state, rows, where, split, beside, output, sizes, PLAN: tl.constexpr):
     else:
         heads = sizes.kv_heads * sizes.group
         part = ((where[0].to(tl.int64) * heads + head) * sizes.num_queries + token) * sizes.splits + split
-        tl.store(output.peaks + part, peak, mask=inside)
-        tl.store(output.norms + part, norm, mask=inside)
-        at = output.sums + (part * PLAN.value_dim)[None, :]
+        peaks, norms = peaks_and_norms(output, sizes, PLAN)
+        tl.store(peaks + part, peak, mask=inside)
+        tl.store(norms + part, norm, mask=inside)
+        at = output.parts + (part * PLAN.value_dim)[None, :]
         stride = 1
     for piece in tl.static_range(VALUE_PIECES):
         found = sums[piece]
@@ -265,6 +266,14 @@ def with_sink(peak, norm, head, inside, sinks):
     return factor, norm
 
 
+@triton.jit
+def peaks_and_norms(output, sizes, PLAN: tl.constexpr):
+    """Where the peaks of all parts begin, and where their norms do: behind the sums."""
+    parts = sizes.batch.to(tl.int64) * sizes.kv_heads * sizes.group * sizes.num_queries * sizes.splits
+    peaks = output.parts + parts * PLAN.value_dim
+    return peaks, peaks + parts
+
+
 @triton.jit(do_not_specialize=["sizes"])
 def combine(output, sizes, PLAN: tl.constexpr):
     """One row of the output, from all parts of the keys."""
@@ -273,6 +282,7 @@ def combine(output, sizes, PLAN: tl.constexpr):
     batch = number // (sizes.num_queries * sizes.kv_heads * sizes.group)
     columns = tl.arange(0, PLAN.value_pieces * PLAN.value_columns)
     is_column = columns < PLAN.value_dim
+    all_peaks, all_norms = peaks_and_norms(output, sizes, PLAN)
     peak = tl.full([1], float("-inf"), tl.float32)
     norm = tl.full([1], 0.0, tl.float32)
     total = tl.full([PLAN.value_pieces * PLAN.value_columns], 0.0, tl.float32)
@@ -280,9 +290,9 @@ def combine(output, sizes, PLAN: tl.constexpr):
         part = first + tl.arange(0, PLAN.parts_at_a_time)
         inside = part < sizes.splits
         part = number.to(tl.int64) * sizes.splits + part
-        peaks = tl.load(output.peaks + part, mask=inside, other=float("-inf"))
-        norms = tl.load(output.norms + part, mask=inside, other=0.0)
-        at = output.sums + part[:, None] * PLAN.value_dim + columns[None, :]
+        peaks = tl.load(all_peaks + part, mask=inside, other=float("-inf"))
+        norms = tl.load(all_norms + part, mask=inside, other=0.0)
+        at = output.parts + part[:, None] * PLAN.value_dim + columns[None, :]
         sums = tl.load(at, mask=inside[:, None] & is_column[None, :], other=0.0)
         peak, shrink, weights = soften(peaks[:, None], peak)
         norm = norm * shrink + tl.sum(norms[:, None] * weights, 0)

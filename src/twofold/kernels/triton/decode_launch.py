@@ -11,7 +11,6 @@ from twofold.kernels.inputs import Inputs
 from twofold.kernels.triton import decode, multiprocessors
 from twofold.kernels.triton_decode_plan import Call, Plan, plan_of
 
-
 PLANNED_TOKENS = 128
 """A cache that grows is planned for anew after so many tokens, and not with each."""
 
@@ -55,18 +54,17 @@ class Seen(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The output [B, H, T, D] with sinks [H], and what parts leave: sums [B·H·T, parts, D], peaks and norms [B·H·T, parts]."""
+    """The output [B, H, T, D] with sinks [H], and what parts leave: sums [B·H·T, parts, D], then peaks, then norms [B·H·T, parts]."""
 
     final: Strided
     sinks: Strided | None
-    sums: Tensor | None
-    peaks: Tensor | None
-    norms: Tensor | None
+    parts: Tensor | None
 
 
 class Sizes(NamedTuple):
     """Numbers that a kernel is not compiled for."""
 
+    batch: int
     num_keys: int
     num_queries: int
     kv_heads: int
@@ -98,7 +96,18 @@ def call_of(inputs: Inputs) -> Call:
         is_steady=rotation is not None and rotation.steady is not None,
         extension_dim=inputs.query.shape[3] - head_dim,
         page=0 if inputs.pages is None else inputs.key.shape[2],
+        key_multiple=_multiple(inputs.key, inputs.value),
+        table_multiple=16 if rotation is None else _multiple(rotation.cosine, rotation.sine),
     )
+
+
+def _multiple(*tensors: Tensor) -> int:
+    """The power of two, up to 16, of which all rows' beginnings are multiples."""
+    common = 16
+    for tensor in tensors:
+        for size, stride in zip(tensor.shape[:-1], tensor.stride(), strict=False):
+            common |= stride if size > 1 else 0
+    return common & -common
 
 
 def plan_for(inputs: Inputs) -> tuple[Plan, int]:
@@ -121,7 +130,7 @@ def attend(inputs: Inputs) -> Tensor:
     (plan, splits), kv_heads = plan_for(inputs), inputs.key.shape[1]
     group = heads // kv_heads
     row_blocks = -(-group * num_queries // plan.rows)
-    sizes = Sizes(inputs.num_keys, num_queries, kv_heads, group, row_blocks, splits)
+    sizes = Sizes(batch, inputs.num_keys, num_queries, kv_heads, group, row_blocks, splits)
     kept = _output(inputs, output, 0 if plan.is_whole else splits)
     arguments = (
         Strided(inputs.query, inputs.query.stride()),
@@ -148,24 +157,29 @@ def _strided(tensor: Tensor | None) -> Strided | None:
     """With a stride of 0 in each dimension of one element, so that kernels are not compiled anew for what such a stride happens to be."""
     if tensor is None:
         return None
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    shape, strides = tensor.shape, tensor.stride()
+    if 1 in shape:
+        strides = tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
     return Strided(tensor, strides)
 
 
+def _table(table: Tensor) -> Strided:
+    """[S, n] or [B or 1, 1, S, n] as [B, S, n]."""
+    first = 0 if table.ndim == 2 or table.shape[0] == 1 else table.stride(0)
+    return Strided(table, (first, table.stride(-2), table.stride(-1)))
+
+
 def _held(inputs: Inputs, plan: Plan) -> Held:
-    extension, rotation = inputs.key_extension, inputs.key_rotation
-    batch = inputs.query.shape[0]
-    cosine = sine = None
+    rotation, cosine, sine = inputs.key_rotation, None, None
     if rotation is not None:
         tables = rotation.steady if plan.is_steady and rotation.steady else (rotation.cosine, rotation.sine)
-        cosine, sine = (table if table.ndim == 2 else table[:, 0] for table in tables)
-        cosine, sine = (table.expand(batch, *table.shape[-2:]) for table in (cosine, sine))
+        cosine, sine = map(_table, tables)
     return Held(
         key=Strided(inputs.key, inputs.key.stride()),
         value=None if inputs.shares_value else _strided(inputs.value),
-        extension=_strided(extension),
-        cosine=_strided(cosine),
-        sine=_strided(sine),
+        extension=_strided(inputs.key_extension),
+        cosine=cosine,
+        sine=sine,
     )
 
 
@@ -210,7 +224,5 @@ def _seen(inputs: Inputs) -> Seen:
 def _output(inputs: Inputs, output: Tensor, splits: int) -> Output:
     """With room for what ``splits`` parts leave; 0: there is one, which finishes the output."""
     rows, value_dim = output.numel() // output.shape[3], output.shape[3]
-    room = [output.new_empty(shape, dtype=torch.float32) for shape in ((rows, splits, value_dim), (2, rows, splits))]
-    sums, (peaks, norms) = room if splits else (None, (None, None))
-    final = Strided(output, output.stride())
-    return Output(final=final, sinks=_strided(inputs.sinks), sums=sums, peaks=peaks, norms=norms)
+    parts = output.new_empty(rows * splits * (value_dim + 2), dtype=torch.float32) if splits else None
+    return Output(final=Strided(output, output.stride()), sinks=_strided(inputs.sinks), parts=parts)

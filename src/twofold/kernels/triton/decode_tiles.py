@@ -101,6 +101,20 @@ def row_offsets(slots, here, stream, where, beside, PLAN: tl.constexpr):
 
 
 @triton.jit
+def key_offsets(slots, here, stream, where, beside, PLAN: tl.constexpr):
+    """The same of keys or values."""
+    return aligned(row_offsets(slots, here, stream, where, beside, PLAN), PLAN.key_multiple)
+
+
+@triton.jit
+def aligned(offsets, MULTIPLE: tl.constexpr):
+    """Numbers that are whole multiples, written so that the compiler sees it too; of strides that are multiples of 16 it knows."""
+    if MULTIPLE < 16:
+        offsets = offsets // MULTIPLE * MULTIPLE
+    return offsets
+
+
+@triton.jit
 def columns_at(stream, offsets, here, FIRST: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr):
     """Columns FIRST to FIRST + COLUMNS of rows, [rows, COLUMNS]; 0 from column LIMIT on, and where nothing is ``here``."""
     columns = FIRST + tl.arange(0, COLUMNS)
@@ -114,13 +128,13 @@ def columns_at(stream, offsets, here, FIRST: tl.constexpr, COLUMNS: tl.constexpr
 def read(slots, here, where, held, beside, PLAN: tl.constexpr):
     """The tile of N keys, and after it that of their values where these are not the keys: all pieces in a row."""
     PIECES: tl.constexpr = PLAN.pieces
-    offsets = row_offsets(slots, here, held.key, where, beside, PLAN)
+    offsets = key_offsets(slots, here, held.key, where, beside, PLAN)
     tiles = ()
     for piece in tl.static_range(PIECES):
         found = columns_at(held.key, offsets, here, piece * PLAN.columns, PLAN.columns, PLAN.stream_dim)
         tiles = tiles + (found,)
     if held.value is not None:
-        offsets = row_offsets(slots, here, held.value, where, beside, PLAN)
+        offsets = key_offsets(slots, here, held.value, where, beside, PLAN)
         tiles = tiles + (columns_at(held.value, offsets, here, 0, PLAN.value_columns, PLAN.value_dim),)
     return tiles
 
@@ -171,9 +185,9 @@ def angles(table, slots, here, where, PIECE: tl.constexpr, OTHER: tl.constexpr, 
     inside = here[:, None]
     if PIECE * PLAN.turn_columns + PLAN.turn_columns > PLAN.pairs:
         inside = inside & (columns < PLAN.pairs)[None, :]
-    at = table.pointer + where[0].to(tl.int64) * table.strides[0]
-    at = at + slots.to(tl.int64)[:, None] * table.strides[1] + columns[None, :] * table.strides[2]
-    return tl.load(at, mask=inside, other=OTHER).to(tl.float32)
+    offsets = where[0].to(tl.int64) * table.strides[0] + slots.to(tl.int64) * table.strides[1]
+    offsets = aligned(offsets, PLAN.table_multiple)[:, None] + columns[None, :] * table.strides[2]
+    return tl.load(table.pointer + offsets, mask=inside, other=OTHER).to(tl.float32)
 
 
 @triton.jit
