@@ -8,7 +8,7 @@ Shapes: B batch, T new tokens, S keys, D head_dim, n pairs that turn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class KeyRotations:
     layer_type: str | None
     pairs: int
     distance: int
+    is_scaled: bool = False
     _tables: dict[tuple[torch.device, torch.dtype], Rotation] = field(default_factory=dict)
 
     @classmethod
@@ -46,7 +47,7 @@ class KeyRotations:
         pairs = frequencies.numel() if scaled else int((frequencies != 0).sum())
         if not scaled and bool((frequencies[:pairs] == 0).any()):
             pairs = frequencies.numel()
-        return cls(module, layer_type if isinstance(kinds, dict) else None, pairs, rotary_dim // 2)
+        return cls(module, layer_type if isinstance(kinds, dict) else None, pairs, rotary_dim // 2, scaled)
 
     def of_tokens(self, position_embeddings: tuple[Tensor, Tensor]) -> Rotation:
         """The turning at the positions of the new tokens, from what the layer was given: cosines and sines [B or 1, T, 2·distance]."""
@@ -65,17 +66,27 @@ class KeyRotations:
             with torch.inference_mode(False), torch.no_grad():
                 every = torch.arange(1 << (length - 1).bit_length(), device=like.device)[None]
                 # Read here and not from the dictionary, where another thread may have put a shorter one since.
-                self._tables[key] = table = self.of_tokens(self._angles(every, like.new_empty(1)))
+                self._tables[key] = table = self._table(every, like.new_empty(1))
         if positions.shape[0] == 1 or bool((positions == positions[:1]).all()):
             first = int(positions[0, 0])
             if bool((positions[0] == torch.arange(first, first + positions.shape[1], device=positions.device)).all()):
                 rows = slice(first, first + positions.shape[1])
-                return Rotation(cosine=table.cosine[:, :, rows], sine=table.sine[:, :, rows], distance=self.distance)
+                cosine, sine, *steady = (part[:, :, rows] for part in (table.cosine, table.sine, *(table.steady or ())))
+                fine = (steady[0], steady[1]) if steady else None
+                return Rotation(cosine=cosine, sine=sine, distance=self.distance, steady=fine)
         return Rotation(
             cosine=table.cosine[0, 0][positions][:, None],
             sine=table.sine[0, 0][positions][:, None],
             distance=self.distance,
         )
+
+    def _table(self, positions: Tensor, like: Tensor) -> Rotation:
+        """Of successive positions, which turn steadily: in float32 too, for kernels that need not read every row, unless the module scales what it turns."""
+        rotation = self.of_tokens(self._angles(positions, like))
+        if self.is_scaled:
+            return rotation
+        fine = self.of_tokens(self._angles(positions, like.float()))
+        return replace(rotation, steady=(fine.cosine, fine.sine))
 
     def _angles(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         arguments = (like, positions) if self.layer_type is None else (like, positions, self.layer_type)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
 from twofold.existing.key_rotations import KeyRotations, key_positions
-from twofold.kernels import Inputs, Mask, Rotation, attend
+from twofold.kernels import Inputs, Mask, Rotation, attend, choose
 from twofold.models.attention_interface import mask_and_bias
 
 IMPLEMENTATIONS = ("eager", "sdpa", "twofold")
@@ -140,22 +140,20 @@ class Reader:
         query = query.to(key.dtype)  # under autocast a query that has turned has the dtype of the rotation
         mask, bias = self.mask(query, key.shape[2])
         weights: list[Tensor] | None = [] if self.implementation == "eager" else None
-        backend = "auto" if weights is not None or query.shape[2] > MAX_QUERIES_FOLDED else "folded"
         scaling: Any = self.layer.scaling
-        output = attend(
-            Inputs(
-                query=query,
-                key=key,
-                value=value,
-                mask=mask,
-                scale=scaling,
-                bias=bias,
-                key_scale=key_scale,
-                key_rotation=rotation,
-                weights=weights,
-            ),
-            backend,
+        inputs = Inputs(
+            query=query,
+            key=key,
+            value=value,
+            mask=mask,
+            scale=scaling,
+            bias=bias,
+            key_scale=key_scale,
+            key_rotation=rotation,
+            weights=weights,
         )
+        by_pytorch = choose(inputs.problem).name == "sdpa"
+        output = attend(inputs, "folded" if by_pytorch and query.shape[2] <= MAX_QUERIES_FOLDED else "auto")
         return output, weights[0] if weights else None
 
 
