@@ -254,12 +254,15 @@ def _try_attention() -> str:
 
 
 def _try_backend(name: str) -> str:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = _attention_inputs(device)
-    if reason := kernels.BACKENDS[name].supports(inputs.problem):
-        raise AbsentError(f"not for float32 on {device}: {reason}")
-    _compare(kernels.BACKENDS[name].attend(inputs), inputs)
-    return f"agrees with the reference in float64, float32 on {device}"
+    """Over a whole text, and, where that is not what a backend is for, for the next token of one."""
+    device, backend = "cuda" if torch.cuda.is_available() else "cpu", kernels.BACKENDS[name]
+    for what, num_queries in (("a text", 19), ("a token", 1)):
+        inputs = _attention_inputs(device, num_queries)
+        if not (reason := backend.supports(inputs.problem)):
+            _compare(backend.attend(inputs), inputs)
+            used = f", instructions up to {kernels.native.levels()[-1]}" if name == kernels.native.NAME else ""
+            return f"agrees with the reference in float64, float32 on {device}, {what} at a time{used}"
+    raise AbsentError(f"not for float32 on {device}: {reason}")
 
 
 def _try_gpu() -> str:
@@ -340,12 +343,10 @@ def _noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def _attention_inputs(device: str) -> kernels.Inputs:
+def _attention_inputs(device: str, num_queries: int = 19) -> kernels.Inputs:
     """A causal call with grouped heads and one tensor as key and value, of odd lengths."""
-    stream = _noise(2, 2, 19, 32).to(device)
-    return kernels.Inputs(
-        query=_noise(2, 4, 19, 32).to(device), key=stream, value=stream, mask=kernels.Mask(causal=True), scale=32**-0.5
-    )
+    stream, query = _noise(2, 2, 19, 32).to(device), _noise(2, 4, num_queries, 32).to(device)
+    return kernels.Inputs(query=query, key=stream, value=stream, mask=kernels.Mask(causal=True), scale=32**-0.5)
 
 
 def _compare(output: torch.Tensor, inputs: kernels.Inputs) -> None:
