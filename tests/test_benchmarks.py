@@ -421,3 +421,46 @@ def test_the_whole_benchmark_of_halving_runs():
         met["longest text in 24 GB beside Gemma 4 31B in 4 bits, one tensor"]
         > met["longest text in 24 GB beside Gemma 4 31B in 4 bits, as stored"]
     )
+
+
+# Decoding attention on a CPU
+
+
+@pytest.fixture(scope="module")
+def decode_cpu() -> ModuleType:
+    module = loaded("decode_cpu")
+    if not module.native.levels():
+        pytest.skip("Twofold was installed without a compiler")
+    return module
+
+
+def test_attention_of_a_decoding_step_is_timed(decode_cpu: ModuleType, capsys: pytest.CaptureFixture[str]):
+    threads = torch.get_num_threads()
+    try:
+        rows = ran(decode_cpu, ["--shapes", "1x2x3x32x70", "2x1x1x16x33", "--threads", "1", "--rounds", "2"], capsys)
+    finally:
+        torch.set_num_threads(threads)
+    assert {goal for goal in goals(rows).values()} == {">= 0.7", ">= 4", ">= 3", ">= 20", ">= 1.6", "<= 1.1"}
+    # A repeated key is copied once for each query; with more than one sequence that takes too long, and is left out.
+    assert [row["name"] for row in rows if "enable_gqa" in row["name"]] == [
+        "1 x 2 x 3 x 32, 70 tokens, 1 thread: PyTorch's enable_gqa / one tensor"
+    ]
+
+
+def test_a_wrong_kernel_is_not_timed(decode_cpu: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    right = decode_cpu.native.attend
+    monkeypatch.setattr(decode_cpu.native, "attend", lambda inputs: right(inputs) * 1.1)
+    with pytest.raises(SystemExit, match="one tensor is wrong"):
+        decode_cpu.contenders(decode_cpu.Shape(1, 1, 2, 16, 40))
+
+
+@pytest.mark.parametrize("text", ["1x2x3", "1x2x3x4xfive", "0x1x1x1x1"])
+def test_a_shape_that_is_none_is_said(decode_cpu: ModuleType, text: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        decode_cpu.main(["--shapes", text])
+    assert "is no shape" in capsys.readouterr().err
+
+
+def test_without_llama_cpp_the_peer_says_so(decode_cpu: ModuleType):
+    with pytest.raises(SystemExit, match=r"could not run llama\.cpp: .*gguf"):
+        decode_cpu.beside_llama(decode_cpu.Shape(1, 1, 1, 16, 8), 1, sys.executable)

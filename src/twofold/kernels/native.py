@@ -33,6 +33,11 @@ def levels() -> tuple[str, ...]:
     return () if _native is None else tuple(_native.levels())
 
 
+def read(tensor: Tensor) -> int:
+    """The sum of a tensor's whole 64-bit words, wrapping around, as fast as its memory can be read: what decoding is measured against."""
+    return int(_native.read(tensor, threads=torch.get_num_threads()))
+
+
 def supports(problem: Problem) -> str:
     """Why a problem cannot be served; empty: it can."""
     if _native is None:
