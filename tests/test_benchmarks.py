@@ -440,7 +440,7 @@ def test_attention_of_a_decoding_step_is_timed(decode_cpu: ModuleType, capsys: p
         rows = ran(decode_cpu, ["--shapes", "1x2x3x32x70", "2x1x1x16x33", "--threads", "1", "--rounds", "2"], capsys)
     finally:
         torch.set_num_threads(threads)
-    assert {goal for goal in goals(rows).values()} == {">= 0.7", ">= 4", ">= 3", ">= 20", ">= 1.6", "<= 1.1"}
+    assert set(goals(rows).values()) == {">= 0.7", ">= 4", ">= 3", ">= 20", ">= 1.6", "<= 1.1"}
     # A repeated key is copied once for each query; with more than one sequence that takes too long, and is left out.
     assert [row["name"] for row in rows if "enable_gqa" in row["name"]] == [
         "1 x 2 x 3 x 32, 70 tokens, 1 thread: PyTorch's enable_gqa / one tensor"
