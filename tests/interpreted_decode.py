@@ -6,7 +6,10 @@ for it. Sizes are small and odd, and programs few, so that keys are shared out i
 
 from __future__ import annotations
 
+import importlib
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from interpreter import DEVICE
+from halving_models import gemma
+from interpreter import DEVICE, IS_INTERPRETING
+from test_benchmarks import check_rows
 from twofold import kernels
+from twofold.cache import TiedCache
+from twofold.cache_spec import CacheSpec
+from twofold.existing import halve
 from twofold.kernels import Inputs, Mask, Rotation, reference, scaled_dot_product, triton_decode
 from twofold.kernels.triton import decode_launch
+from twofold.models import build_model
+from twofold.models.causal_lm import CACHE_FIELD
+from twofold.positions import LearnedPositions, PositionScheme, RotaryPositions, SharedRotaryPositions
+from twofold.presets import preset
 
 # What NumPy says of the infinities that a softmax is made with.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -144,7 +156,7 @@ def calls(draw: st.DrawFn) -> Inputs:
 
 
 @given(inputs=calls())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_it_is_as_near_to_the_truth_as_pytorch(inputs: Inputs):
     assert_close(kernels.attend(inputs, "triton_decode"), inputs)
 
@@ -367,6 +379,129 @@ def test_it_does_not_break_a_graph(shares: bool):
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*given_tensors), attend(*given_tensors))
     assert not torch.equal(attend(*given_tensors[:3], given_tensors[3] - 5), attend(*given_tensors))
+
+
+# Models
+
+
+@pytest.fixture
+def calls_seen(monkeypatch: pytest.MonkeyPatch) -> list[Inputs]:
+    """The calls that reach the kernel, where a CPU has no kernel of its own."""
+    seen: list[Inputs] = []
+
+    def attend(inputs: Inputs) -> Tensor:
+        seen.append(inputs)
+        return triton_decode.attend(inputs)
+
+    served = kernels.Backend(attend=attend, supports=triton_decode.supports)
+    others = {name: backend for name, backend in kernels.BACKENDS.items() if name in ("sdpa", "reference", "folded")}
+    monkeypatch.setattr(kernels, "BACKENDS", {"triton_decode": served, **others})
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("max_tokens", [0, 40])
+@pytest.mark.parametrize("positions", [LearnedPositions(length=64), RotaryPositions(), SharedRotaryPositions(dim=8)])
+def test_our_models_decode_with_it(positions: PositionScheme, max_tokens: int, window: int, calls_seen: list[Inputs]):
+    """From caches that grow, that have room, and that are rings."""
+    spec = preset("tiny").with_changes(
+        tie="(Q, K=V)", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, head_dim=16,
+        intermediate_size=33, positions=positions, window_tokens=(window, 0), vocab_size=50,
+    )  # fmt: skip
+    model = build_model(spec, seed=0).eval().to(torch.bfloat16).to(DEVICE)
+    other = build_model(spec, seed=0, backend="reference").eval().to(torch.bfloat16).to(DEVICE)
+    text = torch.randint(50, (2, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    caches = [TiedCache(spec, CacheSpec(max_tokens=max_tokens)) for _ in range(2)]
+    with torch.no_grad():
+        for part in (text[:, :20], *text[:, 20:].split(1, dim=1)):
+            found, wanted = (
+                one(part, **{CACHE_FIELD: cache}).logits.float()
+                for one, cache in zip((model, other), caches, strict=True)
+            )
+            torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    assert len(calls_seen) == 2 * 4
+    assert all(inputs.shares_value for inputs in calls_seen)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_of_a_model_has_it_in_one_graph(monkeypatch: pytest.MonkeyPatch):
+    """And says how many keys the cache holds, so that room without keys is not read."""
+    backends = {name: backend for name, backend in kernels.BACKENDS.items() if name != "native"}
+    monkeypatch.setattr(kernels, "BACKENDS", backends)
+    spec = preset("tiny").with_changes(
+        tie="(Q, K=V)", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, head_dim=16,
+        intermediate_size=33, positions=RotaryPositions(), vocab_size=50,
+    )  # fmt: skip
+    model = build_model(spec, seed=0).eval().to(torch.bfloat16).to(DEVICE)
+    text = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.graph)
+        return graph.forward
+
+    found = []
+    for step in (model.forward, torch.compile(model.forward, fullgraph=True, dynamic=False, backend=keep)):
+        cache = TiedCache(spec, CacheSpec(max_tokens=300))
+        with torch.no_grad():
+            model(text[:, :10], **{CACHE_FIELD: cache})
+            found.append([step(part, **{CACHE_FIELD: cache}).logits for part in text[:, 10:].split(1, dim=1)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
+    (graph,) = graphs
+    steps = [node for node in graph.nodes if "triton_decode" in str(node.target)]
+    assert len(steps) == 2
+    for node in steps:
+        named = dict(zip(triton_decode.OTHERS, node.args[3], strict=True))
+        assert named["lengths"] is not None
+        assert named["steady_cosine"] is not None
+        assert node.args[2] is None  # one tensor
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_halved_layers_of_gemma_decode_with_it(calls_seen: list[Inputs]):
+    model = gemma().to(torch.bfloat16).to(DEVICE)
+    text = torch.randint(99, (2, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = []
+    for is_halved in (False, True):
+        if is_halved:
+            halve(model)
+        with torch.no_grad():
+            cache = model(text, use_cache=True)[CACHE_FIELD]
+            calls_seen.clear()
+            found.append(model(text[:, :1], **{CACHE_FIELD: cache}).logits.float())
+    torch.testing.assert_close(found[1], found[0], rtol=0.05, atol=0.05)
+    assert calls_seen
+    for inputs in calls_seen:
+        assert inputs.shares_value
+        assert inputs.key_scale is not None
+        assert inputs.key_rotation is not None
+        assert inputs.key_rotation.steady is not None
+
+
+# The benchmark
+
+
+@pytest.mark.skipif(not IS_INTERPRETING, reason="where there is a GPU, the benchmark itself can be run")
+@pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_checks_and_times_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    decode_gpu = importlib.import_module("decode_gpu")
+    decode_gpu.main(["--self-check", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    check_rows(said)
+    rows = {row["name"]: row for row in said}
+    for shape in map(decode_gpu.Shape.parse, decode_gpu.TINY):
+        for name in ("one tensor", "two tensors", "turned", "int8", "pages of 16", "PyTorch, two: products", "memory"):
+            assert rows[f"{shape}: {name}"]["value"] > 0
+        assert rows[f"{shape}: one tensor / PyTorch's best with v = k"]["goal"] == "<= 1.0"
+    assert any(name.startswith("(Q, K=V), rotary positions") for name in rows)
+    assert any(name.startswith("Gemma 4's shape") and "without the kernel" in name for name in rows)
+    # A kernel that is wrong is not timed.
+    monkeypatch.setattr(decode_launch, "attend", lambda inputs: 1.1 * torch.ones_like(inputs.query))
+    with pytest.raises(SystemExit, match="is wrong"):
+        decode_gpu.main(["--self-check"])
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -170,9 +170,15 @@ def _misfit(reason: str) -> TwofoldError:
 
 # One operator for torch.compile
 
+OTHERS = (
+    *("key_scale", "key_extension", "bias", "sinks", "key_scales", "value_scales", "pages", "key_mask", "lengths"),
+    *("query_positions", "key_positions", "cosine", "sine", "steady_cosine", "steady_sine"),
+)
+"""The tensors that there need not be, in the order in which the operator takes them."""
+
 
 def _others(inputs: Inputs) -> list[Tensor | None]:
-    """The tensors of a call that there need not be, in an order of their own."""
+    """Those of a call, as :data:`OTHERS` names them."""
     rotation, mask = inputs.key_rotation, inputs.mask
     return [
         inputs.key_scale,
@@ -193,30 +199,27 @@ def _others(inputs: Inputs) -> list[Tensor | None]:
 def _inputs(
     query: Tensor, key: Tensor, value: Tensor | None, others: Sequence[Tensor | None], counts: Sequence[int]
 ) -> Inputs:
-    """A call from what :func:`_others` and :func:`attend` made of it, its scale and cap left out."""
-    key_scale, extension, bias, sinks, key_scales, value_scales, pages, key_mask, lengths, *tables = others
-    queries, keys, cosine, sine, steady_cosine, steady_sine = tables
+    """A call from what :func:`attend` made of it, its scale and cap left out."""
+    named: dict[str, Any] = dict(zip(OTHERS, others, strict=True))
     causal, window, distance = counts
     rotation = None
+    cosine, sine = named.pop("cosine"), named.pop("sine")
+    steady = _both(named.pop("steady_cosine"), named.pop("steady_sine"))
     if cosine is not None and sine is not None:
-        steady = None if steady_cosine is None or steady_sine is None else (steady_cosine, steady_sine)
         rotation = Rotation(cosine=cosine, sine=sine, distance=distance, steady=steady)
-    positions = None if queries is None or keys is None else (queries, keys)
-    return Inputs(
-        query=query,
-        key=key,
-        value=key if value is None else value,
-        mask=Mask(causal=bool(causal), window_tokens=window, key_mask=key_mask, positions=positions, lengths=lengths),
-        scale=1.0,
-        key_scale=key_scale,
-        key_extension=extension,
-        key_rotation=rotation,
-        bias=bias,
-        sinks=sinks,
-        key_scales=key_scales,
-        value_scales=value_scales,
-        pages=pages,
+    mask = Mask(
+        causal=bool(causal),
+        window_tokens=window,
+        key_mask=named.pop("key_mask"),
+        positions=_both(named.pop("query_positions"), named.pop("key_positions")),
+        lengths=named.pop("lengths"),
     )
+    value = key if value is None else value
+    return Inputs(query=query, key=key, value=value, mask=mask, scale=1.0, key_rotation=rotation, **named)
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if a is None or b is None else (a, b)
 
 
 @torch.library.custom_op("twofold::triton_decode", mutates_args=())
