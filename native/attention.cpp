@@ -12,7 +12,6 @@ namespace twofold {
 
 namespace {
 
-constexpr int64_t PADDING = 32;             // of a row of sums, as tile.hpp makes them
 constexpr int64_t BYTES_WORTH_THREADS = 1 << 17;  // below this one thread is done before another has woken up
 
 // Memory of a thread that is kept for its next call.

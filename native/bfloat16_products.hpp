@@ -7,6 +7,10 @@
 
 #include "float_products.hpp"
 
+#if defined(__AMX_BF16__)
+#include "amx_tiles.hpp"
+#endif
+
 namespace {
 
 using Pairs = __m512bh;
@@ -40,70 +44,64 @@ inline void add_woven(float* to, __m512 low, __m512 high) {
     _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), _mm512_permutex2var_ps(low, last, high)));
 }
 
-// How a key turns: for 16 pairs (a, b), in the order in which they are woven, (cos, -sin), with the scales of a and b in them. What a key is scaled by
-// makes (sin, cos) numbers of their own, which follow; without scales they are the first pair turned around.
+// How a key turns: for 16 pairs (a, b), in the order in which they are woven, (cos, sin), for the products with (a, -b) and with (b, a). With scales of a and b
+// in them these are different numbers, (cos a, sin b) and (cos b, sin a), one after the other.
 struct WovenTurns {
     using Turn = uint16_t;
+    static constexpr bool TURNS = true;
     static int64_t turns(int64_t pairs, bool scaled) { return (scaled ? 4 : 2) * up(pairs, 32); }
 
-    // Of 32 pairs the first woven vector holds 0-3, 8-11, 16-19 and 24-27. What is no whole 32 is not woven.
-    static int64_t place(int64_t pair, int64_t pairs) {
-        if (pair / 32 * 32 + 32 > pairs) return pair;
-        const int64_t i = pair % 32;
-        return pair - i + i / 8 * 4 + i % 4 + (i % 8 < 4 ? 0 : 16);
+    static constexpr int PAIRS = 32;  // a row of turned numbers has a whole number of these
+
+    // `pairs` numbers, each brought to where it is once it is turned: woven, and then the two vectors one number after the other; filled up with 0.
+    static void arrange(const float* from, int64_t pairs, float* to) {
+        alignas(64) static const int32_t FIRST[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
+        const __m512i first = _mm512_load_si512(FIRST);
+        for (int64_t i = 0; i < up(pairs, PAIRS); i += 16) _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(first, _mm512_maskz_loadu_ps(low_bits(pairs - i, 16), from + i)));
     }
 
+    // Of 32 pairs the first woven vector holds 0-3, 8-11, 16-19 and 24-27.
     static void make_turn(const float* cosine, const float* sine, const float* scale_a, const float* scale_b, int64_t pairs, bool scaled, uint16_t* to) {
-        float wide[128];
         const int64_t step = scaled ? 128 : 64;
-        for (int64_t first = 0; first < pairs; first += 32) {
-            const int64_t count = pairs - first < 32 ? pairs - first : 32;
-            for (int64_t j = 0; j < count; ++j) {
-                const int64_t i = first + j, at = place(i, pairs) - first;
-                float* two = wide + at / 16 * (step / 2) + at % 16 * 2;
-                two[0] = cosine[i] * scale_a[i], two[1] = -sine[i] * scale_b[i];
-                if (scaled) two[32] = sine[i] * scale_a[i], two[33] = cosine[i] * scale_b[i];
+        for (int64_t first = 0; first < pairs; first += PAIRS) {
+            float wide[128] = {};
+            for (int64_t j = 0; j < PAIRS && first + j < pairs; ++j) {
+                const int64_t i = first + j;
+                float* two = wide + (j % 8 < 4 ? 0 : step / 2) + (j / 8 * 4 + j % 4) * 2;
+                two[0] = cosine[i] * scale_a[i], two[1] = sine[i] * scale_b[i];
+                if (scaled) two[32] = cosine[i] * scale_b[i], two[33] = sine[i] * scale_a[i];
             }
-            narrow_row(wide, to + first / 32 * step, step);
+            narrow_row(wide, to + first / PAIRS * step, step);
         }
     }
 
+    // (a, b) -> (a cos - b sin, b cos + a sin): first all a, then all b.
     template <bool Scaled>
     static void turn(const uint16_t* a, const uint16_t* b, const uint16_t* by, int64_t pairs, uint16_t* to) {
         constexpr int64_t STEP = Scaled ? 128 : 64;
-        const __m512i sign = _mm512_set1_epi32(0x8000);
-        int64_t i = 0;
-        for (; i + 32 <= pairs; i += 32, by += STEP) {
-            const Woven both = weave(a + i, b + i);
+        const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
+        uint16_t* second = to + up(pairs, PAIRS);
+        for (int64_t i = 0; i < pairs; i += PAIRS, by += STEP) {
+            const auto here = static_cast<__mmask32>(low_bits(pairs - i, 32));
+            const __m512i x = _mm512_maskz_loadu_epi16(here, a + i), y = _mm512_maskz_loadu_epi16(here, b + i), minus_y = _mm512_xor_si512(y, sign);
             const __m512i low = _mm512_loadu_si512(by), high = _mm512_loadu_si512(by + STEP / 2);
-            __m512i other_low, other_high;
-            if constexpr (Scaled) {
-                other_low = _mm512_loadu_si512(by + 32), other_high = _mm512_loadu_si512(by + 96);
-            } else {
-                other_low = _mm512_xor_si512(_mm512_rol_epi32(low, 16), sign), other_high = _mm512_xor_si512(_mm512_rol_epi32(high, 16), sign);
-            }
-            _mm512_storeu_si512(to + i, both_of(product(both.low, low), product(both.high, high)));
-            _mm512_storeu_si512(to + pairs + i, both_of(product(both.low, other_low), product(both.high, other_high)));
+            const __m512i other_low = Scaled ? _mm512_loadu_si512(by + 32) : low, other_high = Scaled ? _mm512_loadu_si512(by + STEP / 2 + 32) : high;
+            _mm512_storeu_si512(to + i, both_of(product(_mm512_unpacklo_epi16(x, minus_y), low), product(_mm512_unpackhi_epi16(x, minus_y), high)));
+            _mm512_storeu_si512(second + i, both_of(product(_mm512_unpacklo_epi16(y, x), other_low), product(_mm512_unpackhi_epi16(y, x), other_high)));
         }
-        if (i == pairs) return;
-        float first[32], second[32];
-        for (int64_t j = 0; i + j < pairs; ++j) {
-            const uint16_t* two = by + j / 16 * (STEP / 2) + j % 16 * 2;
-            const float x = wide(a[i + j]), y = wide(b[i + j]);
-            first[j] = x * wide(two[0]) + y * wide(two[1]);
-            second[j] = Scaled ? x * wide(two[32]) + y * wide(two[33]) : y * wide(two[0]) - x * wide(two[1]);
-        }
-        narrow_row(first, to + i, pairs - i), narrow_row(second, to + pairs + i, pairs - i);
     }
 
    private:
     static __m512 product(__m512i x, __m512i y) { return _mm512_dpbf16_ps(_mm512_setzero_ps(), reinterpret_cast<Pairs>(x), reinterpret_cast<Pairs>(y)); }
-    static __m512i both_of(__m512 low, __m512 high) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)); }
-    static float wide(uint16_t x) {
-        const uint32_t bits = static_cast<uint32_t>(x) << 16;
-        float found;
-        std::memcpy(&found, &bits, 4);
-        return found;
+    // Two vectors of floats rounded to the nearest, ties away from 0, in one: the instruction made for it takes several times as long.
+    static __m512i both_of(__m512 low, __m512 high) {
+        const __m512i half = _mm512_set1_epi32(0x8000);
+        const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(low), half), 16), odd = _mm512_add_epi32(_mm512_castps_si512(high), half);
+        return _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd);
+    }
+    static uint32_t low_bits(int64_t count, int64_t most) {
+        const int64_t set = count < 0 ? 0 : count < most ? count : most;
+        return static_cast<uint32_t>((uint64_t{1} << set) - 1);
     }
 };
 
@@ -120,16 +118,19 @@ struct DotProducts : WovenTurns {
     static void pack(const float* query, int64_t rows, int64_t dim, uint16_t* to) { narrow_row(query, to, rows * dim); }
     static size_t scratch_bytes(int64_t rows, int64_t) { return static_cast<size_t>(rows * twofold::TILE * 2); }
 
-    static void logits(const uint16_t* query, int64_t rows, int64_t dim, const uint16_t* keys, int64_t stride, int64_t count, float* out, char*) {
+    static void logits(const uint16_t* query, int64_t rows, int64_t dim, const uint16_t* keys, int64_t stride, int64_t count, float* out, char*, Ahead& ahead) {
         by_rows(rows, [&](auto number, int64_t row) {
             constexpr int R = decltype(number)::value, K = 16 / R;
             int64_t key = 0;
-            for (; key + K <= count; key += K) block<R, K>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
+            for (; key + K <= count; key += K) {
+                block<R, K>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
+                ahead.go(2 * K);
+            }
             for (; key < count; ++key) block<R, 1>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
         });
     }
 
-    static void sums(const float* weights, int64_t rows, int64_t dim, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, char* scratch) {
+    static void sums(const float* weights, int64_t rows, int64_t dim, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, char* scratch, Ahead& ahead) {
         uint16_t* narrow_weights = reinterpret_cast<uint16_t*>(scratch);
         narrow_row(weights, narrow_weights, rows * twofold::TILE);
         by_rows(rows, [&](auto number, int64_t row) {
@@ -137,7 +138,10 @@ struct DotProducts : WovenTurns {
             const uint16_t* weight = narrow_weights + row * twofold::TILE;
             float* to = out + row * out_stride;
             int64_t i = 0;
-            for (; i + C * 32 <= dim; i += C * 32) columns<R, C>(weight, values + i, stride, count, to + i, out_stride);
+            for (; i + C * 32 <= dim; i += C * 32) {
+                columns<R, C>(weight, values + i, stride, count, to + i, out_stride);
+                ahead.go(count);
+            }
             for (; i < dim; i += 32) columns<R, 1>(weight, values + i, stride, count, to + i, out_stride);
         });
     }
@@ -152,7 +156,6 @@ struct DotProducts : WovenTurns {
             for (int r = 0; r < R; ++r) q[r] = pairs_of(query + r * dim + i);
             for (int k = 0; k < K; ++k) {
                 const Pairs key = pairs_of(keys + k * stride + i);
-                ask(keys + (twofold::TILE + k) * stride + i);
                 for (int r = 0; r < R; ++r) found[r * K + k] = _mm512_dpbf16_ps(found[r * K + k], q[r], key);
             }
         }
@@ -185,30 +188,19 @@ struct DotProducts : WovenTurns {
 };
 
 #if defined(__AMX_BF16__)
-// Registers of tiles: 0 to 3 sums, 4 and 5 the left sides, 6 and 7 the right sides. All of them have 16 rows of 64 bytes.
-struct TileProducts : WovenTurns {
+struct TileProducts : Tiles, WovenTurns {
     using Number = uint16_t;
     static constexpr int STEP = 32;
     static constexpr int KEYS = 32;
-    static constexpr int64_t SIDE = 16, PIECE = 16 * 32;  // rows of a tile; numbers of one
+    static constexpr int64_t PIECE = SIDE * 32;  // numbers of a tile
 
-    static void start() {
-        struct alignas(64) {
-            uint8_t palette = 1, first_row = 0, unused[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } shape;
-        _tile_loadconfig(&shape);
-    }
-    static void stop() { _tile_release(); }
     static void put(uint16_t* to, Floats x) { put_narrow(to, x); }
     static void narrow(const float* from, uint16_t* to, int64_t count) { narrow_row(from, to, count); }
     static int64_t blocks(int64_t rows) { return (rows + SIDE - 1) / SIDE; }
     static int64_t packed_numbers(int64_t rows, int64_t dim) { return blocks(rows) * SIDE * dim; }
 
-    // Right sides of a product: [blocks of 16 queries, dim / 32, 16 pairs of dimensions, 16 queries, 2].
+    // Right sides of a product: [blocks of 16 queries, dim / 32, 16 pairs of dimensions, 16 queries, 2], into memory that was 0.
     static void pack(const float* query, int64_t rows, int64_t dim, uint16_t* to) {
-        std::memset(to, 0, static_cast<size_t>(packed_numbers(rows, dim)) * 2);
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t i = 0; i < dim; i += 32) {
                 uint16_t narrow[32];
@@ -219,18 +211,18 @@ struct TileProducts : WovenTurns {
         }
     }
 
-    static size_t scratch_bytes(int64_t rows, int64_t dim) {
-        const int64_t sums_of_logits = twofold::TILE * SIDE * 4, weights = blocks(rows) * SIDE * twofold::TILE * 2, woven = twofold::TILE * dim * 2;
+    static size_t scratch_bytes(int64_t rows, int64_t) {
+        const int64_t sums_of_logits = twofold::TILE * SIDE * 4, weights = blocks(rows) * SIDE * twofold::TILE * 2, woven = twofold::TILE * 64 * 2;
         return static_cast<size_t>(sums_of_logits + weights + woven);
     }
 
-    static void logits(const uint16_t* query, int64_t rows, int64_t dim, const uint16_t* keys, int64_t stride, int64_t count, float* out, char* scratch) {
+    static void logits(const uint16_t* query, int64_t rows, int64_t dim, const uint16_t* keys, int64_t stride, int64_t count, float* out, char* scratch, Ahead& ahead) {
         float* found = reinterpret_cast<float*>(scratch);  // [TILE, 16]
         const Ints down = lanes() * static_cast<int32_t>(SIDE);
         for (int64_t block = 0; block < blocks(rows); ++block) {
             int64_t key = 0;
-            for (; key + 64 <= count; key += 64) products<4>(query + block * SIDE * dim, dim, keys + key * stride, stride, found + key * SIDE);
-            for (; key < count; key += 32) products<2>(query + block * SIDE * dim, dim, keys + key * stride, stride, found + key * SIDE);
+            for (; key + 64 <= count; key += 64) products<4>(query + block * SIDE * dim, dim, keys + key * stride, stride, found + key * SIDE, ahead);
+            for (; key < count; key += 32) products<2>(query + block * SIDE * dim, dim, keys + key * stride, stride, found + key * SIDE, ahead);
             const int64_t in_block = rows - block * SIDE < SIDE ? rows - block * SIDE : SIDE;
             for (int64_t r = 0; r < in_block; ++r) {
                 float* to = out + (block * SIDE + r) * twofold::TILE;
@@ -242,20 +234,14 @@ struct TileProducts : WovenTurns {
         }
     }
 
-    static void sums(const float* weights, int64_t rows, int64_t dim, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, char* scratch) {
+    // A few columns at a time, so that what is woven stays near.
+    static void sums(const float* weights, int64_t rows, int64_t dim, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, char* scratch, Ahead& ahead) {
         uint16_t* left = reinterpret_cast<uint16_t*>(scratch + twofold::TILE * SIDE * 4);  // [blocks, 16, TILE]
-        uint16_t* woven = left + blocks(rows) * SIDE * twofold::TILE;                      // [keys / 32, dim / 16, 16 pairs of keys, 16, 2]
+        uint16_t* woven = left + blocks(rows) * SIDE * twofold::TILE;                      // [keys / 32, columns / 16, 16 pairs of keys, 16, 2]
         narrow_row(weights, left, rows * twofold::TILE);
-        for (int64_t key = 0; key < count; key += 2) {
-            uint16_t* to = woven + key / 32 * (dim / 16) * PIECE + key % 32 / 2 * 32;
-            for (int64_t i = 0; i < dim; i += 32, to += 2 * PIECE) {
-                const Woven two = weave(values + key * stride + i, values + (key + 1) * stride + i);
-                _mm512_storeu_si512(to, two.low);
-                _mm512_storeu_si512(to + PIECE, two.high);
-            }
-        }
-        for (int64_t block = 0; block < blocks(rows); ++block)
-            add_block(left + block * SIDE * twofold::TILE, rows - block * SIDE, woven, dim, count, out + block * SIDE * out_stride, out_stride);
+        int64_t i = 0;
+        for (; i + 64 <= dim; i += 64) columns<2>(left, rows, values + i, stride, count, out + i, out_stride, woven, ahead);
+        if (i < dim) columns<1>(left, rows, values + i, stride, count, out + i, out_stride, woven, ahead);
     }
 
    private:
@@ -267,7 +253,7 @@ struct TileProducts : WovenTurns {
 
     // 16 queries and two or four times 16 keys: found[key, query]. Four sums at a time hide how long a product takes.
     template <int Blocks>
-    static void products(const uint16_t* query, int64_t dim, const uint16_t* keys, int64_t stride, float* found) {
+    static void products(const uint16_t* query, int64_t dim, const uint16_t* keys, int64_t stride, float* found, Ahead& ahead) {
         const int64_t step = SIDE * stride;
         _tile_zero(0);
         _tile_zero(1);
@@ -285,7 +271,7 @@ struct TileProducts : WovenTurns {
                 _tile_dpbf16ps(2, 4, 6);
                 _tile_dpbf16ps(3, 5, 6);
             }
-            for (int64_t k = 0; k < Blocks * SIDE; ++k) ask(keys + (twofold::TILE + k) * stride + i);
+            ahead.go(4 * Blocks);
         }
         _tile_stored(0, found, 64);
         _tile_stored(1, found + SIDE * SIDE, 64);
@@ -293,21 +279,33 @@ struct TileProducts : WovenTurns {
         if constexpr (Blocks == 4) _tile_stored(3, found + 3 * SIDE * SIDE, 64);
     }
 
-    static void add_block(const uint16_t* left, int64_t rows, const uint16_t* woven, int64_t dim, int64_t count, float* out, int64_t out_stride) {
-        int64_t i = 0;
-        for (; i + 64 <= dim; i += 64) add_columns<2>(left, rows, woven + i * SIDE * 2, dim, count, out + i, out_stride);
-        if (i < dim) add_columns<1>(left, rows, woven + i * SIDE * 2, dim, count, out + i, out_stride);
+    // All queries and once or twice 32 dimensions.
+    template <int Blocks>
+    static void columns(const uint16_t* left, int64_t rows, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, uint16_t* woven, Ahead& ahead) {
+        for (int64_t key = 0; key < count; key += 2) {
+            const uint16_t* from = values + key * stride;
+            uint16_t* to = woven + key / 32 * (2 * Blocks) * PIECE + key % 32 / 2 * 32;
+            for (int64_t b = 0; b < Blocks; ++b) {
+                const Woven two = weave(from + b * 32, from + stride + b * 32);
+                _mm512_storeu_si512(to + 2 * b * PIECE, two.low);
+                _mm512_storeu_si512(to + (2 * b + 1) * PIECE, two.high);
+            }
+            if (key % 4 == 0) ahead.go(Blocks + 1);
+        }
+        for (int64_t block = 0; block < blocks(rows); ++block)
+            add_columns<Blocks>(left + block * SIDE * twofold::TILE, rows - block * SIDE, woven, count, out + block * SIDE * out_stride, out_stride);
+        ahead.go(8 * Blocks);
     }
 
     // 16 queries and once or twice 32 dimensions.
     template <int Blocks>
-    static void add_columns(const uint16_t* left, int64_t rows, const uint16_t* woven, int64_t dim, int64_t count, float* out, int64_t out_stride) {
+    static void add_columns(const uint16_t* left, int64_t rows, const uint16_t* woven, int64_t count, float* out, int64_t out_stride) {
         alignas(64) float whole[4][SIDE * SIDE];
         _tile_zero(0);
         _tile_zero(1);
         if constexpr (Blocks == 2) _tile_zero(2);
         if constexpr (Blocks == 2) _tile_zero(3);
-        for (int64_t key = 0; key < count; key += 32, woven += dim / 16 * PIECE) {
+        for (int64_t key = 0; key < count; key += 32, woven += 2 * Blocks * PIECE) {
             _tile_loadd(4, left + key, twofold::TILE * 2);
             _tile_loadd(6, woven, 64);
             _tile_loadd(7, woven + PIECE, 64);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <unistd.h>
 #endif
 
@@ -71,6 +72,30 @@ class Crew {
     }
 };
 
+// PyTorch's own threads, where it brought OpenMP with it: they go on spinning for a while after each of its operations, and would keep ours from the cores.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+Parallel of_openmp() {
+#if defined(__unix__) || defined(__APPLE__)
+    static const auto found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    static const int64_t owner = process();
+    return owner == process() ? found : nullptr;  // OpenMP has no threads in a forked child, and waits for them forever
+#else
+    return nullptr;
+#endif
+}
+
+struct Shared {
+    std::atomic<int64_t> next{0};
+    int64_t count;
+    const std::function<void(int64_t)>* work;
+
+    static void take_all(void* given) {
+        auto* shared = static_cast<Shared*>(given);
+        for (int64_t index; (index = shared->next.fetch_add(1, std::memory_order_relaxed)) < shared->count;) (*shared->work)(index);
+    }
+};
+
 // Never destroyed: its threads wait for work until the process ends. A forked child has none of its parent's threads, and leaves the parent's crew alone.
 Crew& crew() {
     static std::atomic<Crew*> current{nullptr};
@@ -88,6 +113,10 @@ Crew& crew() {
 void share(int64_t count, int threads, const std::function<void(int64_t)>& work) {
     if (threads > count) threads = static_cast<int>(count);
     if (threads > 1) {
+        if (const Parallel parallel = of_openmp()) {
+            Shared shared{.count = count, .work = &work};
+            return parallel(&Shared::take_all, &shared, static_cast<unsigned>(threads), 0);
+        }
         Crew& all = crew();
         if (std::unique_lock lock(all.in_use, std::try_to_lock); lock.owns_lock()) return all.run(count, threads, work);
     }

@@ -1,4 +1,4 @@
-// Threads that stay: one crew for the process, made when it is first needed and anew after a fork.
+// Threads that stay: those of OpenMP where the process has it, or a crew of our own, made when it is first needed and anew after a fork.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 
 namespace twofold {
 
-// Calls work(index) for every index below `count`, on up to `threads` threads, this one among them. While another call has the crew, this thread does
+// Calls work(index) for every index below `count`, on up to `threads` threads, this one among them. While another call has our crew, this thread does
 // all of it alone: callers never wait for one another. `work` must not throw.
 void share(int64_t count, int threads, const std::function<void(int64_t)>& work);
 

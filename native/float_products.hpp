@@ -47,48 +47,59 @@ struct FloatProducts {
 
     // How a key turns: the cosine and the sine of each pair, and the scales of its two dimensions in them.
     using Turn = float;
+    static constexpr bool TURNS = true;
+    static constexpr int PAIRS = W;  // a row of turned numbers has a whole number of these
     static int64_t turns(int64_t pairs, bool) { return 4 * up(pairs, W); }
-    static int64_t place(int64_t pair, int64_t) { return pair; }
+
+    // `pairs` numbers, each brought to where it is once it is turned; filled up with 0.
+    static void arrange(const float* from, int64_t pairs, float* to) {
+        narrow(from, to, pairs);
+        for (int64_t i = pairs; i < up(pairs, W); ++i) to[i] = 0;
+    }
+
     static void make_turn(const float* cosine, const float* sine, const float* scale_a, const float* scale_b, int64_t pairs, bool, float* to) {
+        std::memset(to, 0, static_cast<size_t>(turns(pairs, true)) * 4);
         for (int64_t i = 0; i < pairs; ++i) {
             float* at = to + 4 * (i / W * W) + i % W;
             at[0] = cosine[i] * scale_a[i], at[W] = sine[i] * scale_b[i], at[2 * W] = cosine[i] * scale_b[i], at[3 * W] = sine[i] * scale_a[i];
         }
     }
+
     // (a, b) -> (a cos - b sin, b cos + a sin): first all a, then all b.
     template <bool Scaled>
     static void turn(const float* a, const float* b, const float* by, int64_t pairs, float* to) {
-        int64_t i = 0;
-        for (; i + W <= pairs; i += W, by += 4 * W) {
-            const Floats x = load(a + i), y = load(b + i);
+        float* second = to + up(pairs, W);
+        for (int64_t i = 0; i < pairs; i += W, by += 4 * W) {
+            const Floats x = load(a + i, pairs - i), y = load(b + i, pairs - i);
             store(to + i, x * load(by) - y * load(by + W));
-            store(to + pairs + i, y * load(by + 2 * W) + x * load(by + 3 * W));
-        }
-        for (int64_t lane = 0; i < pairs; ++i, ++lane) {
-            const float x = a[i], y = b[i];
-            to[i] = x * by[lane] - y * by[W + lane];
-            to[pairs + i] = y * by[2 * W + lane] + x * by[3 * W + lane];
+            store(second + i, y * load(by + 2 * W) + x * load(by + 3 * W));
         }
     }
 
     // out[row * TILE + key] += query[row] . key
-    static void logits(const float* query, int64_t rows, int64_t dim, const float* keys, int64_t stride, int64_t count, float* out, char*) {
+    static void logits(const float* query, int64_t rows, int64_t dim, const float* keys, int64_t stride, int64_t count, float* out, char*, Ahead& ahead) {
         by_rows(rows, [&](auto number, int64_t row) {
             constexpr int R = decltype(number)::value, K = ACCUMULATORS / R;
             int64_t key = 0;
-            for (; key + K <= count; key += K) block<R, K>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
+            for (; key + K <= count; key += K) {
+                block<R, K>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
+                ahead.go(2 * K);
+            }
             for (; key < count; ++key) block<R, 1>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
         });
     }
 
     // out[row * out_stride + i] += weights[row * TILE + key] * values[key][i]
-    static void sums(const float* weights, int64_t rows, int64_t dim, const float* values, int64_t stride, int64_t count, float* out, int64_t out_stride, char*) {
+    static void sums(const float* weights, int64_t rows, int64_t dim, const float* values, int64_t stride, int64_t count, float* out, int64_t out_stride, char*, Ahead& ahead) {
         by_rows(rows, [&](auto number, int64_t row) {
             constexpr int R = decltype(number)::value, C = ACCUMULATORS / R;
             const float* weight = weights + row * twofold::TILE;
             float* to = out + row * out_stride;
             int64_t i = 0;
-            for (; i + C * W <= dim; i += C * W) columns<R, C>(weight, values + i, stride, count, to + i, out_stride);
+            for (; i + C * W <= dim; i += C * W) {
+                columns<R, C>(weight, values + i, stride, count, to + i, out_stride);
+                ahead.go(count);
+            }
             for (; i + 2 * W <= dim; i += 2 * W) columns<R, 2>(weight, values + i, stride, count, to + i, out_stride);
             for (; i < dim; i += W) columns<R, 1>(weight, values + i, stride, count, to + i, out_stride);
         });
@@ -103,7 +114,6 @@ struct FloatProducts {
             for (int r = 0; r < R; ++r) q[r] = load(query + r * dim + i);
             for (int k = 0; k < K; ++k) {
                 const Floats key = load(keys + k * stride + i);
-                if constexpr (R == 4) ask(keys + (twofold::TILE + k) * stride + i);
                 for (int r = 0; r < R; ++r) found[r * K + k] += q[r] * key;
             }
         }

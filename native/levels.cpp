@@ -42,18 +42,18 @@ std::vector<const Level*> found_levels() {
     found.push_back(&AVX512);
     if (!knows(7, 1, 0, 5)) return found;
     found.push_back(&AVX512_BF16);
-    if (knows(7, 0, 3, 22) && knows(7, 0, 3, 24) && may_use_tiles()) found.push_back(&AMX_BF16);
+    if (knows(7, 0, 3, 22) && knows(7, 0, 3, 24) && knows(7, 0, 3, 25) && may_use_tiles()) found.push_back(&AMX_BF16);
 #endif
     return found;
 }
 
-bool is_of_bfloat16(const Level* level) {
 #if defined(__x86_64__)
-    return level == &AVX512_BF16 || level == &AMX_BF16;
+bool is_of_tiles(const Level* level) { return level == &AMX_BF16; }
+bool is_of_bfloat16(const Level* level) { return level == &AVX512_BF16 || is_of_tiles(level); }
 #else
-    return false;
+bool is_of_tiles(const Level*) { return false; }
+bool is_of_bfloat16(const Level*) { return false; }
 #endif
-}
 
 }  // namespace
 
@@ -62,11 +62,13 @@ const std::vector<const Level*>& levels() {
     return found;
 }
 
-const Level& level_for(bool is_bfloat16, const std::string& name) {
+const Level& level_for(bool is_bfloat16, int64_t queries, const std::string& name) {
     const Level* best = nullptr;
     bool is_known = name.empty();
     for (const Level* level : levels()) {
-        if (is_bfloat16 || !is_of_bfloat16(level)) best = level;
+        // A product of tiles is one of 16 queries, however few there are.
+        const bool is_too_large = is_of_tiles(level) && queries < 3 && name.empty();
+        if ((is_bfloat16 || !is_of_bfloat16(level)) && !is_too_large) best = level;
         if (name == level->name) {
             is_known = true;
             break;

@@ -11,6 +11,7 @@
 
 #include "attention.hpp"
 #include "levels.hpp"
+#include "reading.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -139,7 +140,7 @@ void attend(const Floats& query, const Result& output, const Tensor& key, const 
     }
     call.is_causal = is_causal, call.window = window, call.scale = scale, call.soft_cap = soft_cap;
     const bool narrow = query_is_bfloat16 && (call.key.kind == Kind::bf16 || call.key.kind == Kind::i8);
-    const twofold::Level& chosen = twofold::level_for(narrow, level);
+    const twofold::Level& chosen = twofold::level_for(narrow, call.rows(), level);
     nb::gil_scoped_release others_may_run;
     twofold::attention(call, chosen, threads);
 }
@@ -153,6 +154,10 @@ NB_MODULE(_native, m) {
           "is_steady"_a = false, "sinks"_a = nb::none(), "key_scales"_a = nb::none(), "value_scales"_a = nb::none(), "lengths"_a = nb::none(),
           "query_positions"_a = nb::none(), "key_positions"_a = nb::none(), "key_mask"_a = nb::none(), "pages"_a = nb::none(), "threads"_a, "level"_a = "",
           "Fills `output`. Raises ValueError for shapes that do not fit.");
+    m.def("read", [](const nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>& tensor, int threads) {
+        const nb::gil_scoped_release others_may_run;
+        return twofold::read(static_cast<const char*>(tensor.data()), tensor.nbytes(), threads);
+    }, "tensor"_a, nb::kw_only(), "threads"_a, "The sum of a tensor's whole 64-bit words, wrapping around, as fast as its memory can be read.");
     m.def("levels", [] {
         std::vector<std::string> names;
         for (const twofold::Level* level : twofold::levels()) names.emplace_back(level->name);

@@ -12,7 +12,7 @@ namespace {
 using namespace twofold;
 
 constexpr float NOTHING = -__builtin_inff();
-constexpr int64_t PADDING = 32;  // what a row of sums is filled up to, at every level
+constexpr int64_t TILES_AHEAD = 1;
 
 // Hands out parts of a piece of memory, at the boundaries of cache lines; without one it only counts.
 struct Shelf {
@@ -124,7 +124,7 @@ struct View {
 template <class Products>
 struct Attention {
     using Number = typename Products::Number;
-    static constexpr Kind OWN = sizeof(Number) == 4 ? Kind::f32 : Kind::bf16;
+    static constexpr Kind OWN = sizeof(Number) == 4 ? Kind::f32 : sizeof(Number) == 2 ? Kind::bf16 : Kind::i8;
 
     const Call& call;
     const int64_t sequence, head;
@@ -142,7 +142,7 @@ struct Attention {
 
     Attention(const Call& c, int64_t s, int64_t h, char* memory)
         : call(c), sequence(s), head(h), rows(c.rows()), key_dim(padded(c.key_dim)), value_dim(padded(c.value_dim)),
-          turned_dim(padded(2 * c.table.pairs)), extension_dim(padded(c.extension_dim)),
+          turned_dim(2 * up(c.table.pairs, Products::PAIRS)), extension_dim(padded(c.extension_dim)),
           raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), turns(c.table.pairs > 0),
           has_still(2 * c.table.pairs < c.key_dim), is_scaled(c.key_scale || c.key_scales.of_channels), shelf{memory} {
         kept = shelf.take<Kept>(1);
@@ -156,7 +156,7 @@ struct Attention {
         turning = shelf.take<float>(rows * turned_dim);
         made = shelf.take<float>(rows * (key_dim + turned_dim + extension_dim));
         scale = shelf.take<float>(key_dim);
-        row = shelf.take<float>(4 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
+        row = shelf.take<float>(8 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
         logits = shelf.take<float>(rows * TILE);
         relative = shelf.take<typename Products::Turn>(call.table.is_steady ? TILE * Products::turns(call.table.pairs, is_scaled) : 0);
         once = shelf.take<typename Products::Turn>(Products::turns(call.table.pairs, is_scaled));
@@ -168,9 +168,11 @@ struct Attention {
         const int64_t stride = up(call.value_dim, PADDING);
         for (int64_t r = 0; r < rows; ++r) part.greatest[r] = NOTHING, part.total[r] = 0;
         std::memset(part.values, 0, static_cast<size_t>(rows * stride) * 4);
+        // A tile that the first level of caches does not hold would come from the second one twice.
+        const int64_t most = raw_dim * static_cast<int64_t>(sizeof(Number)) > 512 ? TILE / 2 : TILE;
         bool is_ready = false;
         for (int64_t begin = first, count; begin < last; begin += count) {
-            count = last - begin < TILE ? last - begin : TILE;
+            count = last - begin < most ? last - begin : most;
             if (call.pages && count > call.page_tokens - begin % call.page_tokens) count = call.page_tokens - begin % call.page_tokens;
             const Sight sight = view.look(call, sequence, begin, count);
             if (sight == Sight::none) continue;
@@ -210,11 +212,14 @@ struct Attention {
             for (int64_t i = 0; i < call.key_dim; ++i) to[i] = query[i] * scale[i];
             for (int64_t i = 0; i < table.pairs; ++i) to[i] = to[table.distance + i] = 0.0f;
         });
+        if constexpr (Products::TURNS) pack_turned_queries();
+    }
+
+    void pack_turned_queries() {
+        const Table& table = call.table;
         pack(turned_query, turned_dim, [&](const float* query, float* to) {
-            for (int64_t i = 0; i < table.pairs; ++i) {
-                const int64_t place = Products::place(i, table.pairs);
-                to[place] = query[i], to[table.pairs + place] = query[table.distance + i];
-            }
+            Products::arrange(query, table.pairs, to);
+            Products::arrange(query + table.distance, table.pairs, to + turned_dim / 2);
         });
         if (turns && table.is_steady) {
             std::memcpy(turning, made, static_cast<size_t>(rows * turned_dim) * 4);
@@ -225,6 +230,7 @@ struct Attention {
     template <class Make>
     void pack(Number* to, int64_t dim, Make make) {
         if (!dim) return;
+        std::memset(to, 0, static_cast<size_t>(Products::packed_numbers(rows, dim)) * sizeof(Number));
         std::memset(made, 0, static_cast<size_t>(rows * dim) * 4);
         for (int64_t r = 0; r < rows; ++r) make(query_of(r), made + r * dim);
         Products::pack(made, rows, dim, to);
@@ -259,18 +265,21 @@ struct Attention {
     // q . R(first) R(more) k = R(first)^T q . R(more) k: the queries are turned back once for a tile, and all tiles turn by the same few rows.
     void turn_queries_back(int64_t first) {
         const int64_t n = call.table.pairs;
-        float *cosine = row, *sine = row + n, *c = sine + n, *s = c + n;
+        const int64_t wide = turned_dim / 2;
+        float *cosine = row, *sine = row + n, *c = sine + n, *s = c + wide;
         table_row(first, cosine, sine);
-        for (int64_t i = 0; i < n; ++i) c[Products::place(i, n)] = cosine[i], s[Products::place(i, n)] = sine[i];
+        Products::arrange(cosine, n, c);
+        Products::arrange(sine, n, s);
         for (int64_t r = 0; r < rows; ++r) {
-            const float *a = turning + r * turned_dim, *b = a + n;
-            float *to = made + r * turned_dim;
-            for (int64_t i = 0; i < n; ++i) {
-                to[i] = a[i] * c[i] + b[i] * s[i];
-                to[n + i] = b[i] * c[i] - a[i] * s[i];
+            const float *a = turning + r * turned_dim, *b = a + wide;
+            float* to = made + r * turned_dim;
+            for (int64_t i = 0; i < wide; i += W) {
+                const Floats x = load(a + i), y = load(b + i), cosines = load(c + i), sines = load(s + i);
+                store(to + i, x * cosines + y * sines);
+                store(to + wide + i, y * cosines - x * sines);
             }
         }
-        Products::pack(made, rows, turned_dim, turned_query);  // what the rows are filled up with is 0 since they were first packed
+        Products::pack(made, rows, turned_dim, turned_query);
     }
 
     struct Tile {
@@ -278,27 +287,39 @@ struct Attention {
         int64_t stride;
     };
 
+    // The lines of a tile, in the order in which they lie: the products go through it in columns, which no processor foresees.
+    static void ask(const char* from, int64_t step, int64_t bytes, int64_t count) {
+        for (int64_t k = 0; k < count; ++k, from += step)
+            for (int64_t byte = 0; byte < bytes; byte += 64) ask_now(from + byte);
+    }
+
     // Rows [first, first + count) of a head, `count` filled up to `full`: where they lie, if they lie as the products want them, or a copy.
-    Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to) {
+    Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to, Ahead& ahead) {
         const char* from = row_of(call, rows_of, sequence, kv_head, first);
+        const int64_t size = static_cast<int64_t>(bytes_of(rows_of.kind)), step = rows_of.row_stride * size;
+        ask(from, step, dim * size, count);
+        if (!call.pages) ahead = {from + TILES_AHEAD * count * step, step, dim * size, count};
         if (rows_of.kind == OWN && dim == wide && count == full && !some) return {reinterpret_cast<const Number*>(from), rows_of.row_stride};
-        const int64_t step = rows_of.row_stride * static_cast<int64_t>(bytes_of(rows_of.kind));
         for (int64_t k = 0; k < full; ++k, from += step) {
             Number* target = to + k * wide;
-            if (!call.pages)
-                for (int64_t byte = 0; byte < dim * static_cast<int64_t>(bytes_of(rows_of.kind)); byte += 64) ask(from + TILE * step + byte);
             if (k >= count || (some && view.hidden[k])) {
                 std::memset(target, 0, static_cast<size_t>(wide) * sizeof(Number));
                 continue;
             }
-            switch (rows_of.kind) {
-                case OWN: std::memcpy(target, from, static_cast<size_t>(dim) * sizeof(Number)); break;
-                case Kind::i8: convert(reinterpret_cast<const int8_t*>(from), dim, target); break;
-                default: widen_row(rows_of.kind, from, dim, row), Products::narrow(row, target, dim);
-            }
+            copy(rows_of.kind, from, dim, target);
             if (wide > dim) std::memset(target + dim, 0, static_cast<size_t>(wide - dim) * sizeof(Number));
         }
         return {to, wide};
+    }
+
+    void copy(Kind kind, const char* from, int64_t dim, Number* to) const {
+        if (kind == OWN) {
+            std::memcpy(to, from, static_cast<size_t>(dim) * sizeof(Number));
+        } else if constexpr (OWN != Kind::i8) {
+            if (kind == Kind::i8) return convert(reinterpret_cast<const int8_t*>(from), dim, to);
+            widen_row(kind, from, dim, row);
+            Products::narrow(row, to, dim);
+        }
     }
 
     template <class Stored>
@@ -326,7 +347,6 @@ struct Attention {
                 Products::make_turn(cosine, sine, scale, scale + table.distance, n, is_scaled, once);
             }
             is_scaled ? Products::template turn<true>(a, b, by, n, to) : Products::template turn<false>(a, b, by, n, to);
-            if (turned_dim > 2 * n) std::memset(to + 2 * n, 0, static_cast<size_t>(turned_dim - 2 * n) * sizeof(Number));
         }
         std::memset(turned + count * turned_dim, 0, static_cast<size_t>((full - count) * turned_dim) * sizeof(Number));
     }
@@ -334,27 +354,33 @@ struct Attention {
     void look_at(int64_t first, int64_t count, bool some, Part part, int64_t stride) {
         const int64_t full = up(count, Products::KEYS);
         const int64_t shared_dim = call.value_dim > call.key_dim ? call.value_dim : call.key_dim;
-        const Tile keys = call.shares_value ? take(call.key, head, shared_dim, raw_dim, first, count, full, some, raw)
-                                            : take(call.key, head, call.key_dim, key_dim, first, count, full, some, raw);
+        Ahead of_keys, of_values, of_others;
+        const Tile keys = call.shares_value ? take(call.key, head, shared_dim, raw_dim, first, count, full, some, raw, of_keys)
+                                            : take(call.key, head, call.key_dim, key_dim, first, count, full, some, raw, of_keys);
         std::memset(logits, 0, static_cast<size_t>(rows * TILE) * 4);
-        if (has_still) Products::logits(still_query, rows, key_dim, keys.data, keys.stride, full, logits, products);
-        if (turns) {
-            if (call.table.is_steady) turn_queries_back(first);
-            turn(keys, first, count, full);
-            Products::logits(turned_query, rows, turned_dim, turned, turned_dim, full, logits, products);
-        }
+        if (has_still) Products::logits(still_query, rows, key_dim, keys.data, keys.stride, full, logits, products, of_keys);
+        if constexpr (Products::TURNS)
+            if (turns) add_turned_logits(keys, first, count, full, of_keys);
         if (call.key_scales.of_tokens) multiply(call.key_scales, first, count);  // codes alone: what extends a key is none
         if (call.extension_dim) {
-            const Tile more = take(call.extension, 0, call.extension_dim, extension_dim, first, count, full, some, extension);
-            Products::logits(extension_query, rows, extension_dim, more.data, more.stride, full, logits, products);
+            const Tile more = take(call.extension, 0, call.extension_dim, extension_dim, first, count, full, some, extension, of_others);
+            Products::logits(extension_query, rows, extension_dim, more.data, more.stride, full, logits, products, of_others);
         }
-        weigh(first, count, some, part, stride);
-        const Tile summed = call.shares_value ? keys : take(call.value, head, call.value_dim, value_dim, first, count, full, some, values);
-        Products::sums(logits, rows, value_dim, summed.data, summed.stride, full, part.values, stride, products);
+        weigh(first, count, some, part, stride, of_keys);
+        const Tile summed = call.shares_value ? keys : take(call.value, head, call.value_dim, value_dim, first, count, full, some, values, of_values);
+        Products::sums(logits, rows, value_dim, summed.data, summed.stride, full, part.values, stride, products, call.shares_value ? of_keys : of_values);
+        of_keys.go(TILE * raw_dim);
+        of_values.go(TILE * value_dim);
+    }
+
+    void add_turned_logits(const Tile& keys, int64_t first, int64_t count, int64_t full, Ahead& ahead) {
+        if (call.table.is_steady) turn_queries_back(first);
+        turn(keys, first, count, full);
+        Products::logits(turned_query, rows, turned_dim, turned, turned_dim, full, logits, products, ahead);
     }
 
     // Logits become exp(logit - greatest), 0 where nothing is seen; what was summed before is scaled to the new greatest one.
-    void weigh(int64_t first, int64_t count, bool some, Part part, int64_t stride) {
+    void weigh(int64_t first, int64_t count, bool some, Part part, int64_t stride, Ahead& ahead) {
         const int64_t padded_count = up(count, W);
         for (int64_t r = 0; r < rows; ++r) {
             float* x = logits + r * TILE;
@@ -385,22 +411,28 @@ struct Attention {
                 part.greatest[r] = now;
             }
             part.total[r] += sum(total);
+            ahead.go(TILE / rows);
         }
         if (call.value_scales.of_tokens) multiply(call.value_scales, first, count);
     }
 
     // Logits, or weights, by the scales of their tokens.
     void multiply(const Scales& scales, int64_t first, int64_t count) {
-        float factors[TILE] = {};
         int64_t batch = sequence, token = first;
         if (call.pages) {
             batch = call.pages[sequence * call.pages_per_sequence + first / call.page_tokens];
             token = first % call.page_tokens;
         }
         const float* from = scales.of_tokens + batch * scales.batch_stride + head * scales.head_stride + token * scales.row_stride;
-        for (int64_t k = 0; k < count; ++k) factors[k] = from[k * scales.row_stride];
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t k = 0; k < count; k += W) store(logits + r * TILE + k, load(logits + r * TILE + k) * load(factors + k));
+        alignas(64) float factors[TILE] = {};
+        if (scales.row_stride == 1)
+            std::memcpy(factors, from, static_cast<size_t>(count) * 4);
+        else
+            for (int64_t k = 0; k < count; ++k) factors[k] = from[k * scales.row_stride];
+        for (int64_t k = 0; k < count; k += W) {
+            const Floats factor = load(factors + k);
+            for (int64_t r = 0; r < rows; ++r) store(logits + r * TILE + k, load(logits + r * TILE + k) * factor);
+        }
     }
 };
 

@@ -22,6 +22,13 @@ inline Floats load(const float* p) {
     std::memcpy(&x, p, sizeof x);
     return x;
 }
+// The first `count` of them; 0 in the other lanes.
+inline Floats load(const float* p, int64_t count) {
+    if (count >= W) return load(p);
+    Floats x = {};
+    std::memcpy(&x, p, static_cast<size_t>(count) * 4);
+    return x;
+}
 inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 inline Floats all(float x) { return Floats{} + x; }
 inline Ints bits(Floats x) {
@@ -52,22 +59,33 @@ inline float sum(Floats x) {
 inline float greatest(Floats x) { return reduce(x, greater, std::make_integer_sequence<int, W>{}); }
 
 // e^x within two units of the last place; 0 below -87.3, NaN for NaN. Source: the polynomial of Cephes' expf (Moshier), as everybody has it.
-inline Floats exp(Floats x) {
-    const Floats clamped = greater(x < 88.0f ? x : all(88.0f), all(-87.33654f));
-    const Floats rounded = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the sum has no fraction
-    const Floats n = rounded - 12582912.0f;
-    const Floats r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+inline Floats power_series(Floats r) {
     Floats y = all(1.9875691500e-4f);
     y = y * r + 1.3981999507e-3f;
     y = y * r + 8.3334519073e-3f;
     y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
+    return y * r * r + r + 1.0f;
+}
+
+#if TWOFOLD_WIDTH == 16
+inline Floats exp(Floats x) {
+    const __mmask16 is_any = _mm512_cmp_ps_mask(x, all(-87.33654f), _CMP_NLT_UQ);
+    const Floats n = _mm512_roundscale_ps(x * 1.44269504088896341f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_maskz_scalef_ps(is_any, power_series((x - n * 0.693359375f) + n * 2.12194440e-4f), n);
+}
+#else
+inline Floats exp(Floats x) {
+    const Floats clamped = greater(x < 88.0f ? x : all(88.0f), all(-87.33654f));
+    const Floats rounded = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the sum has no fraction
+    const Floats n = rounded - 12582912.0f;
+    const Floats y = power_series((clamped - n * 0.693359375f) + n * 2.12194440e-4f);
     const Ints power = (bits(rounded) - 0x4b400000 + 127) << 23;
     const Floats result = y * floats(power);
     return x != x ? x : (x < -87.33654f ? all(0.0f) : result);
 }
+#endif
 
 // tanh x within a few units of the last place. Source: the rational function of Eigen's ptanh.
 inline Floats tanh(Floats x) {
@@ -88,8 +106,23 @@ inline Floats tanh(Floats x) {
     return x != x ? x : result;
 }
 
-// Asks for the line of memory at p, which the next tile will want; where that is no memory of ours nothing happens.
-inline void ask(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Asks for the line of memory at p, which will be wanted at once. Where that is no memory of ours nothing happens.
+inline void ask_now(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Rows that will be wanted some tiles later, asked for a few lines at a time in between other work: asked for all at once they would hold it up, and
+// in the order in which they lie, which is the one that processors foresee.
+struct Ahead {
+    const char* row = nullptr;
+    int64_t step = 0, bytes = 0, rows = 0, at = 0;
+
+    void go(int64_t lines) {
+        for (; lines > 0 && rows > 0; --lines) {
+            __builtin_prefetch(row + at, 0, 2);
+            at += 64;
+            if (at >= bytes) at = 0, row += step, --rows;
+        }
+    }
+};
 
 // W numbers as they are stored, as floats; the words that all processors understand say it too, but GCC 12 makes slow code of them.
 struct Half {
