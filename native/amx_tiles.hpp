@@ -42,6 +42,17 @@ struct Tiles {
         x[0] = evens(a, c), x[1] = odds(a, c), x[2] = evens(b, d), x[3] = odds(b, d);
     }
 
+    // Four columns of 16 rows of a tile, from vectors as `four_columns` makes them.
+    static void put_columns(const Floats (&x)[4], float* to) {
+        for (int64_t j = 0; j < 4; ++j) {
+            const __m512 all = x[j];
+            _mm_storeu_ps(to + j * SIDE, _mm512_castps512_ps128(all));
+            _mm_storeu_ps(to + (4 + j) * SIDE, _mm512_extractf32x4_ps(all, 1));
+            _mm_storeu_ps(to + (8 + j) * SIDE, _mm512_extractf32x4_ps(all, 2));
+            _mm_storeu_ps(to + (12 + j) * SIDE, _mm512_extractf32x4_ps(all, 3));
+        }
+    }
+
     // The same of lanes: lane j of vector i becomes lane i of vector j.
     static void turn_lanes(Floats (&x)[4]) {
         const auto low = [](Floats a, Floats b) { return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23); };

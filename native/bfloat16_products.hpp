@@ -44,64 +44,54 @@ inline void add_woven(float* to, __m512 low, __m512 high) {
     _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), _mm512_permutex2var_ps(low, last, high)));
 }
 
-// How a key turns: for 16 pairs (a, b), in the order in which they are woven, (cos, sin), for the products with (a, -b) and with (b, a). With scales of a and b
-// in them these are different numbers, (cos a, sin b) and (cos b, sin a), one after the other.
+// A key turns by 16 pairs of a cosine and a sine at a time, and turned numbers lie in pairs. The products are ones of floats: two of bfloat16 at a time cost more.
 struct WovenTurns {
     using Turn = uint16_t;
     static constexpr bool TURNS = true;
-    static int64_t turns(int64_t pairs, bool scaled) { return (scaled ? 4 : 2) * up(pairs, 32); }
+    static constexpr int PAIRS = 16;  // a row of turned numbers has a whole number of these
+    static int64_t turns(int64_t pairs) { return 2 * up(pairs, PAIRS); }
 
-    static constexpr int PAIRS = 32;  // a row of turned numbers has a whole number of these
-
-    // `pairs` numbers, each brought to where it is once it is turned: woven, and then the two vectors one number after the other; filled up with 0.
-    static void arrange(const float* from, int64_t pairs, float* to) {
-        alignas(64) static const int32_t FIRST[16] = {0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15};
-        const __m512i first = _mm512_load_si512(FIRST);
-        for (int64_t i = 0; i < up(pairs, PAIRS); i += 16) _mm512_storeu_ps(to + i, _mm512_permutexvar_ps(first, _mm512_maskz_loadu_ps(low_bits(pairs - i, 16), from + i)));
+    // Pairs [i, i + 16) of a row of turned numbers.
+    static void place(float* row, int64_t i, int64_t, Floats a, Floats b) {
+        store(row + 2 * i, __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+        store(row + 2 * i + 16, __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
     }
 
-    // Of 32 pairs the first woven vector holds 0-3, 8-11, 16-19 and 24-27.
-    static void make_turn(const float* cosine, const float* sine, const float* scale_a, const float* scale_b, int64_t pairs, bool scaled, uint16_t* to) {
-        const int64_t step = scaled ? 128 : 64;
-        for (int64_t first = 0; first < pairs; first += PAIRS) {
-            float wide[128] = {};
-            for (int64_t j = 0; j < PAIRS && first + j < pairs; ++j) {
-                const int64_t i = first + j;
-                float* two = wide + (j % 8 < 4 ? 0 : step / 2) + (j / 8 * 4 + j % 4) * 2;
-                two[0] = cosine[i] * scale_a[i], two[1] = sine[i] * scale_b[i];
-                if (scaled) two[32] = cosine[i] * scale_b[i], two[33] = sine[i] * scale_a[i];
-            }
-            narrow_row(wide, to + first / PAIRS * step, step);
-        }
+    static void make_turn(const float* cosine, const float* sine, int64_t pairs, uint16_t* to) {
+        for (int64_t i = 0; i < pairs; i += PAIRS) _mm512_storeu_si512(to + 2 * i, both_of(load(cosine + i, pairs - i), load(sine + i, pairs - i)));
     }
 
-    // (a, b) -> (a cos - b sin, b cos + a sin): first all a, then all b.
-    template <bool Scaled>
-    static void turn(const uint16_t* a, const uint16_t* b, const uint16_t* by, int64_t pairs, uint16_t* to) {
-        constexpr int64_t STEP = Scaled ? 128 : 64;
-        const __m512i sign = _mm512_set1_epi16(static_cast<int16_t>(0x8000));
-        uint16_t* second = to + up(pairs, PAIRS);
-        for (int64_t i = 0; i < pairs; i += PAIRS, by += STEP) {
-            const auto here = static_cast<__mmask32>(low_bits(pairs - i, 32));
-            const __m512i x = _mm512_maskz_loadu_epi16(here, a + i), y = _mm512_maskz_loadu_epi16(here, b + i), minus_y = _mm512_xor_si512(y, sign);
-            const __m512i low = _mm512_loadu_si512(by), high = _mm512_loadu_si512(by + STEP / 2);
-            const __m512i other_low = Scaled ? _mm512_loadu_si512(by + 32) : low, other_high = Scaled ? _mm512_loadu_si512(by + STEP / 2 + 32) : high;
-            _mm512_storeu_si512(to + i, both_of(product(_mm512_unpacklo_epi16(x, minus_y), low), product(_mm512_unpackhi_epi16(x, minus_y), high)));
-            _mm512_storeu_si512(second + i, both_of(product(_mm512_unpacklo_epi16(y, x), other_low), product(_mm512_unpackhi_epi16(y, x), other_high)));
-        }
+    static void turn(const Turning<uint16_t>& turning, int64_t count, const uint16_t* by, uint16_t* to) {
+        turning.scale ? turn_rows<true>(turning, count, by, to) : turn_rows<false>(turning, count, by, to);
     }
 
    private:
-    static __m512 product(__m512i x, __m512i y) { return _mm512_dpbf16_ps(_mm512_setzero_ps(), reinterpret_cast<Pairs>(x), reinterpret_cast<Pairs>(y)); }
-    // Two vectors of floats rounded to the nearest, ties away from 0, in one: the instruction made for it takes several times as long.
-    static __m512i both_of(__m512 low, __m512 high) {
-        const __m512i half = _mm512_set1_epi32(0x8000);
-        const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(low), half), 16), odd = _mm512_add_epi32(_mm512_castps_si512(high), half);
-        return _mm512_mask_blend_epi16(0xaaaaaaaa, even, odd);
+    template <bool Scaled>
+    static void turn_rows(const Turning<uint16_t>& turning, int64_t count, const uint16_t* by, uint16_t* to) {
+        const auto [keys, stride, distance, pairs, scale] = turning;
+        for (int64_t key = 0; key < count; ++key) {
+            const uint16_t* a = keys + key * stride;
+            for (int64_t i = 0; i < pairs; i += PAIRS, by += 2 * PAIRS, to += 2 * PAIRS) {
+                Floats x = widen(a + i, pairs - i), y = widen(a + distance + i, pairs - i);
+                if constexpr (Scaled) x *= load(scale + i, pairs - i), y *= load(scale + distance + i, pairs - i);
+                const Ints two = reinterpret_cast<Ints>(_mm512_loadu_si512(by));
+                const Floats c = floats(two << 16), s = floats(two & static_cast<int32_t>(0xffff0000));
+                _mm512_storeu_si512(to, both_of(x * c - y * s, x * s + y * c));
+            }
+        }
     }
-    static uint32_t low_bits(int64_t count, int64_t most) {
-        const int64_t set = count < 0 ? 0 : count < most ? count : most;
-        return static_cast<uint32_t>((uint64_t{1} << set) - 1);
+
+    // The first `count` of 16 numbers; 0 in the other lanes.
+    static Floats widen(const uint16_t* from, int64_t count) {
+        if (count >= W) return ::widen(from);
+        return floats(reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from))) << 16);
+    }
+
+    // Two vectors of floats rounded to the nearest, ties away from 0, in one, number by number: the instruction made for it takes several times as long.
+    static __m512i both_of(__m512 even, __m512 odd) {
+        const __m512i half = _mm512_set1_epi32(0x8000);
+        const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16), high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
+        return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
     }
 };
 
@@ -118,8 +108,14 @@ struct DotProducts : WovenTurns {
     static void pack(const float* query, int64_t rows, int64_t dim, uint16_t* to) { narrow_row(query, to, rows * dim); }
     static size_t scratch_bytes(int64_t rows, int64_t) { return static_cast<size_t>(rows * twofold::TILE * 2); }
 
-    static void logits(const uint16_t* query, int64_t rows, int64_t dim, const uint16_t* keys, int64_t stride, int64_t count, float* out, char*, Ahead& ahead) {
-        by_rows(rows, [&](auto number, int64_t row) {
+    static void logits(const TwoFactors<uint16_t>& factors, int64_t rows, int64_t count, float* out, char*, Ahead& ahead) {
+        for (const Factors<uint16_t>& factor : factors)
+            if (factor.dim) add_products(factor, rows, count, out, ahead);
+    }
+
+    static void add_products(const Factors<uint16_t>& factor, int64_t rows, int64_t count, float* out, Ahead& ahead) {
+        const auto [query, keys, dim, stride] = factor;
+        by_rows(rows, [=, &ahead](auto number, int64_t row) {
             constexpr int R = decltype(number)::value, K = 16 / R;
             int64_t key = 0;
             for (; key + K <= count; key += K) {
@@ -201,12 +197,13 @@ struct TileProducts : Tiles, WovenTurns {
 
     // Right sides of a product: [blocks of 16 queries, dim / 32, 16 pairs of dimensions, 16 queries, 2], into memory that was 0.
     static void pack(const float* query, int64_t rows, int64_t dim, uint16_t* to) {
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < rows; r += 4) {
             for (int64_t i = 0; i < dim; i += 32) {
-                uint16_t narrow[32];
-                narrow_row(query + r * dim + i, narrow, 32);
-                uint16_t* piece = to + (r / SIDE * (dim / 32) + i / 32) * PIECE + r % SIDE * 2;
-                for (int pair = 0; pair < 16; ++pair) std::memcpy(piece + pair * 32, narrow + 2 * pair, 4);
+                alignas(64) float pairs[4][16] = {};
+                for (int64_t j = 0; j < 4 && r + j < rows; ++j) narrow_row(query + (r + j) * dim + i, reinterpret_cast<uint16_t*>(pairs[j]), 32);
+                Floats x[4] = {load(pairs[0]), load(pairs[1]), load(pairs[2]), load(pairs[3])};
+                turn_four(x);
+                put_columns(x, reinterpret_cast<float*>(to + (r / SIDE * (dim / 32) + i / 32) * PIECE) + r % SIDE);
             }
         }
     }
@@ -216,21 +213,14 @@ struct TileProducts : Tiles, WovenTurns {
         return static_cast<size_t>(sums_of_logits + weights + woven);
     }
 
-    static void logits(const uint16_t* query, int64_t rows, int64_t dim, const uint16_t* keys, int64_t stride, int64_t count, float* out, char* scratch, Ahead& ahead) {
+    static void logits(const TwoFactors<uint16_t>& factors, int64_t rows, int64_t count, float* out, char* scratch, Ahead& ahead) {
         float* found = reinterpret_cast<float*>(scratch);  // [TILE, 16]
-        const Ints down = lanes() * static_cast<int32_t>(SIDE);
         for (int64_t block = 0; block < blocks(rows); ++block) {
             int64_t key = 0;
-            for (; key + 64 <= count; key += 64) products<4>(query + block * SIDE * dim, dim, keys + key * stride, stride, found + key * SIDE, ahead);
-            for (; key < count; key += 32) products<2>(query + block * SIDE * dim, dim, keys + key * stride, stride, found + key * SIDE, ahead);
-            const int64_t in_block = rows - block * SIDE < SIDE ? rows - block * SIDE : SIDE;
-            for (int64_t r = 0; r < in_block; ++r) {
-                float* to = out + (block * SIDE + r) * twofold::TILE;
-                for (int64_t key = 0; key < count; key += 16) {
-                    const __m512 turned = _mm512_i32gather_ps(reinterpret_cast<__m512i>(down), found + key * SIDE + r, 4);
-                    _mm512_storeu_ps(to + key, _mm512_add_ps(_mm512_loadu_ps(to + key), turned));
-                }
-            }
+            for (; key + 64 <= count; key += 64) products<4>(factors, block, key, found + key * SIDE, ahead);
+            for (; key < count; key += 32) products<2>(factors, block, key, found + key * SIDE, ahead);
+            for (int64_t r = block * SIDE; r < rows && r < (block + 1) * SIDE; r += 4)
+                for (key = 0; key < count; key += 16) add_logits(found + key * SIDE + r % SIDE, rows - r, out + r * twofold::TILE + key);
         }
     }
 
@@ -245,33 +235,37 @@ struct TileProducts : Tiles, WovenTurns {
     }
 
    private:
-    static Ints lanes() {
-        Ints found;
-        for (int i = 0; i < W; ++i) found[i] = i;
-        return found;
+    // Up to four queries and 16 keys.
+    static void add_logits(const float* found, int64_t rows, float* out) {
+        Floats x[4];
+        for (int64_t j = 0; j < 4; ++j) x[j] = reinterpret_cast<Floats>(four_columns(found, j));
+        turn_four(x);
+        for (int64_t r = 0; r < 4 && r < rows; ++r) store(out + r * twofold::TILE, load(out + r * twofold::TILE) + x[r]);
     }
 
     // 16 queries and two or four times 16 keys: found[key, query]. Four sums at a time hide how long a product takes.
     template <int Blocks>
-    static void products(const uint16_t* query, int64_t dim, const uint16_t* keys, int64_t stride, float* found, Ahead& ahead) {
-        const int64_t step = SIDE * stride;
+    static void products(const TwoFactors<uint16_t>& factors, int64_t block, int64_t key, float* found, Ahead& ahead) {
         _tile_zero(0);
         _tile_zero(1);
         if constexpr (Blocks == 4) _tile_zero(2);
         if constexpr (Blocks == 4) _tile_zero(3);
-        for (int64_t i = 0; i < dim; i += 32) {
-            _tile_loadd(6, query + i * SIDE, 64);
-            _tile_loadd(4, keys + i, stride * 2);
-            _tile_loadd(5, keys + step + i, stride * 2);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 5, 6);
-            if constexpr (Blocks == 4) {
-                _tile_loadd(4, keys + 2 * step + i, stride * 2);
-                _tile_loadd(5, keys + 3 * step + i, stride * 2);
-                _tile_dpbf16ps(2, 4, 6);
-                _tile_dpbf16ps(3, 5, 6);
+        for (const auto& [query, all, dim, stride] : factors) {
+            const uint16_t* keys = all + key * stride;
+            for (int64_t i = 0; i < dim; i += 32) {
+                _tile_loadd(6, query + (block * dim + i) * SIDE, 64);
+                _tile_loadd(4, keys + i, stride * 2);
+                _tile_loadd(5, keys + SIDE * stride + i, stride * 2);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 5, 6);
+                if constexpr (Blocks == 4) {
+                    _tile_loadd(4, keys + 2 * SIDE * stride + i, stride * 2);
+                    _tile_loadd(5, keys + 3 * SIDE * stride + i, stride * 2);
+                    _tile_dpbf16ps(2, 4, 6);
+                    _tile_dpbf16ps(3, 5, 6);
+                }
+                ahead.go(4 * Blocks);
             }
-            ahead.go(4 * Blocks);
         }
         _tile_stored(0, found, 64);
         _tile_stored(1, found + SIDE * SIDE, 64);

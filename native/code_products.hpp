@@ -21,7 +21,7 @@ struct CodeProducts : Tiles {
     using Turn = int8_t;
     static constexpr bool TURNS = false;
     static constexpr int PAIRS = 1;
-    static int64_t turns(int64_t, bool) { return 0; }
+    static int64_t turns(int64_t) { return 0; }
     static bool serves(const twofold::Call& call) {
         using twofold::Kind;
         return call.key.kind == Kind::i8 && call.value.kind == Kind::i8 && call.table.pairs == 0 && call.extension_dim == 0;
@@ -54,7 +54,8 @@ struct CodeProducts : Tiles {
     }
 
     // out[row * TILE + key] += query[row] . key
-    static void logits(const int8_t* query, int64_t rows, int64_t dim, const int8_t* keys, int64_t stride, int64_t count, float* out, char* scratch, Ahead& ahead) {
+    static void logits(const TwoFactors<int8_t>& factors, int64_t rows, int64_t count, float* out, char* scratch, Ahead& ahead) {
+        auto [query, keys, dim, stride] = factors[0];
         int32_t* found = reinterpret_cast<int32_t*>(scratch);  // [TILE, 16]
         for (int64_t first = 0; first < rows; first += ROWS, query += block_numbers(dim)) {
             int64_t key = 0;

@@ -1,6 +1,8 @@
 // The two products of a tile, in floats: logits of queries and keys, and sums of values. Rows that are stored as anything else are widened before (tile.hpp).
 #pragma once
 
+#include <array>
+
 #include "call.hpp"
 #include "vectors.hpp"
 
@@ -21,6 +23,25 @@ inline void add_sums(Floats* found, float* out) {
             for (int k = 0; k < K; ++k) out[r * twofold::TILE + k] += sum(found[r * K + k]);
     }
 }
+
+// Queries, packed, and rows of keys, whose products are logits.
+template <class Number>
+struct Factors {
+    const Number* query = nullptr;
+    const Number* keys = nullptr;
+    int64_t dim = 0, stride = 0;
+};
+// A logit is the sum of two such products: of the dimensions as they are, and of those that have turned.
+template <class Number>
+using TwoFactors = std::array<Factors<Number>, 2>;
+
+// Rows of keys of which dimension i turns with dimension i + distance, each times its scale if there are scales.
+template <class Number>
+struct Turning {
+    const Number* keys;
+    int64_t stride, distance, pairs;
+    const float* scale;
+};
 
 // Calls work(std::integral_constant<int, R>, row) for all rows, four, two or one at a time.
 template <class Work>
@@ -45,40 +66,43 @@ struct FloatProducts {
     static void pack(const float* query, int64_t rows, int64_t dim, float* to) { narrow(query, to, rows * dim); }
     static size_t scratch_bytes(int64_t, int64_t) { return 0; }
 
-    // How a key turns: the cosine and the sine of each pair, and the scales of its two dimensions in them.
+    // How a key turns: W cosines, and as many sines.
     using Turn = float;
     static constexpr bool TURNS = true;
     static constexpr int PAIRS = W;  // a row of turned numbers has a whole number of these
-    static int64_t turns(int64_t pairs, bool) { return 4 * up(pairs, W); }
+    static int64_t turns(int64_t pairs) { return 2 * up(pairs, W); }
 
-    // `pairs` numbers, each brought to where it is once it is turned; filled up with 0.
-    static void arrange(const float* from, int64_t pairs, float* to) {
-        narrow(from, to, pairs);
-        for (int64_t i = pairs; i < up(pairs, W); ++i) to[i] = 0;
+    // Pairs [i, i + W) of a row of turned numbers: all a, and, `wide` numbers later, all b.
+    static void place(float* row, int64_t i, int64_t wide, Floats a, Floats b) { store(row + i, a), store(row + wide + i, b); }
+
+    static void make_turn(const float* cosine, const float* sine, int64_t pairs, float* to) {
+        for (int64_t i = 0; i < pairs; i += W) store(to + 2 * i, load(cosine + i, pairs - i)), store(to + 2 * i + W, load(sine + i, pairs - i));
     }
 
-    static void make_turn(const float* cosine, const float* sine, const float* scale_a, const float* scale_b, int64_t pairs, bool, float* to) {
-        std::memset(to, 0, static_cast<size_t>(turns(pairs, true)) * 4);
-        for (int64_t i = 0; i < pairs; ++i) {
-            float* at = to + 4 * (i / W * W) + i % W;
-            at[0] = cosine[i] * scale_a[i], at[W] = sine[i] * scale_b[i], at[2 * W] = cosine[i] * scale_b[i], at[3 * W] = sine[i] * scale_a[i];
-        }
-    }
-
-    // (a, b) -> (a cos - b sin, b cos + a sin): first all a, then all b.
-    template <bool Scaled>
-    static void turn(const float* a, const float* b, const float* by, int64_t pairs, float* to) {
-        float* second = to + up(pairs, W);
-        for (int64_t i = 0; i < pairs; i += W, by += 4 * W) {
-            const Floats x = load(a + i, pairs - i), y = load(b + i, pairs - i);
-            store(to + i, x * load(by) - y * load(by + W));
-            store(second + i, y * load(by + 2 * W) + x * load(by + 3 * W));
+    // (a, b) -> (a cos - b sin, a sin + b cos)
+    static void turn(const Turning<float>& turning, int64_t count, const float* by, float* to) {
+        const auto [keys, stride, distance, pairs, scale] = turning;
+        const int64_t wide = up(pairs, W);
+        for (int64_t key = 0; key < count; ++key, to += 2 * wide) {
+            const float* a = keys + key * stride;
+            for (int64_t i = 0; i < pairs; i += W, by += 2 * W) {
+                Floats x = load(a + i, pairs - i), y = load(a + distance + i, pairs - i);
+                if (scale) x *= load(scale + i, pairs - i), y *= load(scale + distance + i, pairs - i);
+                store(to + i, x * load(by) - y * load(by + W));
+                store(to + wide + i, y * load(by) + x * load(by + W));
+            }
         }
     }
 
     // out[row * TILE + key] += query[row] . key
-    static void logits(const float* query, int64_t rows, int64_t dim, const float* keys, int64_t stride, int64_t count, float* out, char*, Ahead& ahead) {
-        by_rows(rows, [&](auto number, int64_t row) {
+    static void logits(const TwoFactors<float>& factors, int64_t rows, int64_t count, float* out, char*, Ahead& ahead) {
+        for (const Factors<float>& factor : factors)
+            if (factor.dim) add_products(factor, rows, count, out, ahead);
+    }
+
+    static void add_products(const Factors<float>& factor, int64_t rows, int64_t count, float* out, Ahead& ahead) {
+        const auto [query, keys, dim, stride] = factor;
+        by_rows(rows, [=, &ahead](auto number, int64_t row) {
             constexpr int R = decltype(number)::value, K = ACCUMULATORS / R;
             int64_t key = 0;
             for (; key + K <= count; key += K) {

@@ -6,6 +6,7 @@
 
 #include "call.hpp"
 #include "float_products.hpp"
+#include "view.hpp"
 
 namespace {
 
@@ -65,62 +66,6 @@ inline const char* row_of(const Call& call, const Rows& rows, int64_t sequence, 
     return rows.data + index * static_cast<int64_t>(bytes_of(rows.kind));
 }
 
-// What the T queries of a sequence see of a tile.
-enum class Sight { none, some, all };
-
-struct View {
-    uint8_t* seen;    // [T, TILE]
-    uint8_t* hidden;  // [TILE]: seen by none
-
-    Sight look(const Call& call, int64_t sequence, int64_t first, int64_t count) const {
-        if (!call.key_positions && !call.key_mask) {
-            const Sight plain = of_intervals(call, sequence, first, count);
-            if (plain != Sight::some) return plain;
-        }
-        int64_t total = 0;
-        std::memset(hidden, 1, TILE);
-        for (int64_t t = 0; t < call.queries; ++t) {
-            for (int64_t i = 0; i < count; ++i) {
-                const bool sees = is_seen(call, sequence, t, first + i);
-                seen[t * TILE + i] = sees;
-                hidden[i] &= !sees;
-                total += sees;
-            }
-        }
-        return total == 0 ? Sight::none : total == count * call.queries ? Sight::all : Sight::some;
-    }
-
-   private:
-    static int64_t place(const Call& call, int64_t sequence, int64_t t) {
-        return call.query_positions ? call.query_positions[t] : call.length(sequence) - call.queries + t;
-    }
-
-    static bool is_seen(const Call& call, int64_t sequence, int64_t t, int64_t token) {
-        const int64_t query = place(call, sequence, t), key = call.key_positions ? call.key_positions[token] : token;
-        if (key < 0 || query < 0 || token >= call.length(sequence)) return false;
-        if (call.is_causal && key > query) return false;
-        if (call.window && (key > query ? key - query : query - key) >= call.window) return false;
-        return !call.key_mask || call.key_mask[sequence * call.mask_batch_stride + token * call.mask_row_stride];
-    }
-
-    // The keys that a query sees are successive here.
-    static Sight of_intervals(const Call& call, int64_t sequence, int64_t first, int64_t count) {
-        bool none = true, every = true;
-        for (int64_t t = 0; t < call.queries; ++t) {
-            const int64_t query = place(call, sequence, t);
-            int64_t begin = 0, end = query < 0 ? 0 : call.length(sequence);
-            if (call.is_causal && end > query + 1) end = query + 1;
-            if (call.window) {
-                if (begin < query - call.window + 1) begin = query - call.window + 1;
-                if (end > query + call.window) end = query + call.window;
-            }
-            none &= first >= end || first + count <= begin;
-            every &= first >= begin && first + count <= end;
-        }
-        return none ? Sight::none : every ? Sight::all : Sight::some;
-    }
-};
-
 template <class Products>
 struct Attention {
     using Number = typename Products::Number;
@@ -129,7 +74,7 @@ struct Attention {
     const Call& call;
     const int64_t sequence, head;
     const int64_t rows, key_dim, value_dim, turned_dim, extension_dim, raw_dim;
-    const bool turns, has_still, is_scaled;
+    const bool turns, has_still;
     Shelf shelf;
     Kept* kept;
     Number *still_query, *turned_query, *extension_query, *raw, *values, *turned, *extension;
@@ -144,7 +89,7 @@ struct Attention {
         : call(c), sequence(s), head(h), rows(c.rows()), key_dim(padded(c.key_dim)), value_dim(padded(c.value_dim)),
           turned_dim(2 * up(c.table.pairs, Products::PAIRS)), extension_dim(padded(c.extension_dim)),
           raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), turns(c.table.pairs > 0),
-          has_still(2 * c.table.pairs < c.key_dim), is_scaled(c.key_scale || c.key_scales.of_channels), shelf{memory} {
+          has_still(2 * c.table.pairs < c.key_dim), shelf{memory} {
         kept = shelf.take<Kept>(1);
         still_query = shelf.take<Number>(Products::packed_numbers(rows, key_dim));
         turned_query = shelf.take<Number>(Products::packed_numbers(rows, turned_dim));
@@ -158,8 +103,8 @@ struct Attention {
         scale = shelf.take<float>(key_dim);
         row = shelf.take<float>(8 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
         logits = shelf.take<float>(rows * TILE);
-        relative = shelf.take<typename Products::Turn>(call.table.is_steady ? TILE * Products::turns(call.table.pairs, is_scaled) : 0);
-        once = shelf.take<typename Products::Turn>(Products::turns(call.table.pairs, is_scaled));
+        relative = shelf.take<typename Products::Turn>(call.table.is_steady ? TILE * Products::turns(call.table.pairs) : 0);
+        once = shelf.take<typename Products::Turn>(Products::turns(call.table.pairs));
         view = {shelf.take<uint8_t>(call.queries * TILE), shelf.take<uint8_t>(TILE)};
         products = shelf.take<char>(static_cast<int64_t>(Products::scratch_bytes(rows, value_dim > key_dim ? value_dim : key_dim)));
     }
@@ -212,19 +157,23 @@ struct Attention {
             for (int64_t i = 0; i < call.key_dim; ++i) to[i] = query[i] * scale[i];
             for (int64_t i = 0; i < table.pairs; ++i) to[i] = to[table.distance + i] = 0.0f;
         });
-        if constexpr (Products::TURNS) pack_turned_queries();
+        if constexpr (Products::TURNS)
+            if (turns) pack_turned_queries();
     }
 
     void pack_turned_queries() {
         const Table& table = call.table;
-        pack(turned_query, turned_dim, [&](const float* query, float* to) {
-            Products::arrange(query, table.pairs, to);
-            Products::arrange(query + table.distance, table.pairs, to + turned_dim / 2);
-        });
-        if (turns && table.is_steady) {
-            std::memcpy(turning, made, static_cast<size_t>(rows * turned_dim) * 4);
-            make_relative();
+        const int64_t n = table.pairs, wide = turned_dim / 2;
+        std::memset(turning, 0, static_cast<size_t>(rows * turned_dim) * 4);
+        for (int64_t r = 0; r < rows; ++r) {
+            std::memcpy(turning + r * turned_dim, query_of(r), static_cast<size_t>(n) * 4);
+            std::memcpy(turning + r * turned_dim + wide, query_of(r) + table.distance, static_cast<size_t>(n) * 4);
         }
+        std::memset(turned_query, 0, static_cast<size_t>(Products::packed_numbers(rows, turned_dim)) * sizeof(Number));
+        if (table.is_steady) return make_relative();
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < wide; i += W) Products::place(made + r * turned_dim, i, wide, load(turning + r * turned_dim + i), load(turning + r * turned_dim + wide + i));
+        Products::pack(made, rows, turned_dim, turned_query);
     }
 
     template <class Make>
@@ -236,17 +185,25 @@ struct Attention {
         Products::pack(made, rows, dim, to);
     }
 
-    void table_row(int64_t token, float* cosine, float* sine) const {
-        const Table& table = call.table;
-        const int64_t index = (sequence * table.batch_stride + token * table.row_stride) * static_cast<int64_t>(bytes_of(table.kind));
-        widen_row(table.kind, table.cosine + index, table.pairs, cosine);
-        widen_row(table.kind, table.sine + index, table.pairs, sine);
+    int64_t table_place(int64_t token) const {
+        return (sequence * call.table.batch_stride + token * call.table.row_stride) * static_cast<int64_t>(bytes_of(call.table.kind));
     }
 
-    // Row i turns by as much as row i of the table more than its first; every block of successive rows turns so, after its own first row. Keys are scaled
-    // as they turn. Each thread makes it once for a call.
+    void table_row(int64_t token, float* cosine, float* sine) const {
+        const Table& table = call.table;
+        widen_row(table.kind, table.cosine + table_place(token), table.pairs, cosine);
+        widen_row(table.kind, table.sine + table_place(token), table.pairs, sine);
+    }
+
+    void ask_for_table_row(int64_t token) const {
+        const int64_t bytes = call.table.pairs * static_cast<int64_t>(bytes_of(call.table.kind));
+        for (const char* from : {call.table.cosine, call.table.sine}) ask(from + table_place(token), bytes, bytes, 1);
+    }
+
+    // Row i turns by as much as row i of the table more than its first; every block of successive rows turns so, after its own first row. Each
+    // thread makes it once for a call.
     void make_relative() {
-        if (kept->serial == call.serial && (kept->sequence == sequence || call.table.batch_stride == 0) && !call.key_scales.of_channels) return;
+        if (kept->serial == call.serial && (kept->sequence == sequence || call.table.batch_stride == 0)) return;
         const int64_t n = call.table.pairs;
         float *first_cosine = row, *first_sine = row + n, *cosine = first_sine + n, *sine = cosine + n;
         table_row(0, first_cosine, first_sine);
@@ -257,7 +214,7 @@ struct Attention {
                 cosine[i] = (c * c0 + s * s0) / square;
                 sine[i] = (s * c0 - c * s0) / square;
             }
-            Products::make_turn(cosine, sine, scale, scale + call.table.distance, n, is_scaled, relative + k * Products::turns(n, is_scaled));
+            Products::make_turn(cosine, sine, n, relative + k * Products::turns(n));
         }
         *kept = {call.serial, sequence};
     }
@@ -266,17 +223,15 @@ struct Attention {
     void turn_queries_back(int64_t first) {
         const int64_t n = call.table.pairs;
         const int64_t wide = turned_dim / 2;
-        float *cosine = row, *sine = row + n, *c = sine + n, *s = c + wide;
+        float *cosine = row, *sine = row + wide;
         table_row(first, cosine, sine);
-        Products::arrange(cosine, n, c);
-        Products::arrange(sine, n, s);
+        if (first + TILE < call.keys) ask_for_table_row(first + TILE);
+        for (int64_t i = n; i < wide; ++i) cosine[i] = sine[i] = 0;
         for (int64_t r = 0; r < rows; ++r) {
             const float *a = turning + r * turned_dim, *b = a + wide;
-            float* to = made + r * turned_dim;
             for (int64_t i = 0; i < wide; i += W) {
-                const Floats x = load(a + i), y = load(b + i), cosines = load(c + i), sines = load(s + i);
-                store(to + i, x * cosines + y * sines);
-                store(to + wide + i, y * cosines - x * sines);
+                const Floats x = load(a + i), y = load(b + i), c = load(cosine + i), s = load(sine + i);
+                Products::place(made + r * turned_dim, i, wide, x * c + y * s, y * c - x * s);
             }
         }
         Products::pack(made, rows, turned_dim, turned_query);
@@ -332,21 +287,18 @@ struct Attention {
         Products::narrow(rest, to + i, dim - i);
     }
 
-    // The dimensions of `keys` that turn, scaled and turned: first all a, then all b.
+    // The dimensions of `keys` that turn, scaled and turned.
     void turn(const Tile& keys, int64_t first, int64_t count, int64_t full) {
         const Table& table = call.table;
         const int64_t n = table.pairs;
         float *cosine = row, *sine = row + n;
-        for (int64_t k = 0; k < count; ++k) {
-            Number* to = turned + k * turned_dim;
-            const Number *a = keys.data + k * keys.stride, *b = a + table.distance;
-            const typename Products::Turn* by = relative + k * Products::turns(n, is_scaled);
-            if (!table.is_steady) {
-                by = once;
-                table_row(first + k, cosine, sine);
-                Products::make_turn(cosine, sine, scale, scale + table.distance, n, is_scaled, once);
-            }
-            is_scaled ? Products::template turn<true>(a, b, by, n, to) : Products::template turn<false>(a, b, by, n, to);
+        Turning<Number> turning_keys{keys.data, keys.stride, table.distance, n, call.key_scale || call.key_scales.of_channels ? scale : nullptr};
+        if (table.is_steady) Products::turn(turning_keys, count, relative, turned);
+        for (int64_t k = 0; k < count && !table.is_steady; ++k) {
+            table_row(first + k, cosine, sine);
+            Products::make_turn(cosine, sine, n, once);
+            Products::turn(turning_keys, 1, once, turned + k * turned_dim);
+            turning_keys.keys += keys.stride;
         }
         std::memset(turned + count * turned_dim, 0, static_cast<size_t>((full - count) * turned_dim) * sizeof(Number));
     }
@@ -358,13 +310,12 @@ struct Attention {
         const Tile keys = call.shares_value ? take(call.key, head, shared_dim, raw_dim, first, count, full, some, raw, of_keys)
                                             : take(call.key, head, call.key_dim, key_dim, first, count, full, some, raw, of_keys);
         std::memset(logits, 0, static_cast<size_t>(rows * TILE) * 4);
-        if (has_still) Products::logits(still_query, rows, key_dim, keys.data, keys.stride, full, logits, products, of_keys);
-        if constexpr (Products::TURNS)
-            if (turns) add_turned_logits(keys, first, count, full, of_keys);
+        add_logits(keys, first, count, full, of_keys);
         if (call.key_scales.of_tokens) multiply(call.key_scales, first, count);  // codes alone: what extends a key is none
         if (call.extension_dim) {
             const Tile more = take(call.extension, 0, call.extension_dim, extension_dim, first, count, full, some, extension, of_others);
-            Products::logits(extension_query, rows, extension_dim, more.data, more.stride, full, logits, products, of_others);
+            const Factors<Number> extended{extension_query, more.data, extension_dim, more.stride};
+            Products::logits({extended, {}}, rows, full, logits, products, of_others);
         }
         weigh(first, count, some, part, stride, of_keys);
         const Tile summed = call.shares_value ? keys : take(call.value, head, call.value_dim, value_dim, first, count, full, some, values, of_values);
@@ -373,10 +324,16 @@ struct Attention {
         of_values.go(TILE * value_dim);
     }
 
-    void add_turned_logits(const Tile& keys, int64_t first, int64_t count, int64_t full, Ahead& ahead) {
-        if (call.table.is_steady) turn_queries_back(first);
-        turn(keys, first, count, full);
-        Products::logits(turned_query, rows, turned_dim, turned, turned_dim, full, logits, products, ahead);
+    void add_logits(const Tile& keys, int64_t first, int64_t count, int64_t full, Ahead& ahead) {
+        const Factors<Number> still{still_query, keys.data, has_still ? key_dim : 0, keys.stride};
+        if constexpr (Products::TURNS) {
+            if (turns) {
+                if (call.table.is_steady) turn_queries_back(first);
+                turn(keys, first, count, full);
+                return Products::logits({still, {turned_query, turned, turned_dim, turned_dim}}, rows, full, logits, products, ahead);
+            }
+        }
+        Products::logits({still, {}}, rows, full, logits, products, ahead);
     }
 
     // Logits become exp(logit - greatest), 0 where nothing is seen; what was summed before is scaled to the new greatest one.
