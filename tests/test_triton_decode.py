@@ -172,13 +172,20 @@ def test_the_shapes_that_were_measured_fill_an_h100():
 # That it compiles
 
 
+SMALLER = {80: 163 * 1024, 89: 99 * 1024, 120: 99 * 1024}
+"""Shared memory that a program may take, by compute capability: of an A100, of its like for desks, and of those after them."""
+
+
 class Target:
     """A GPU that is not here."""
+
+    def __init__(self, capability: int = 90) -> None:
+        self.capability = capability
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -318,3 +325,30 @@ def test_what_gemma_needs_compiles(compiled: dict[str, Compiled]):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_kind_compiles(head_dim: int, group: int, kind: str, dtype: torch.dtype, compiled: dict[str, Compiled]):
     compile_and_check(shaped(head_dim, group, dtype, **KINDS[kind]), compiled, max_spilled=800)
+
+
+@needs_compiler
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "kind", ["plain", "two tensors", "full rotation", "partial rotation, steady", "int8", "shared key", "pages"]
+)
+@pytest.mark.parametrize("group", [1, 17, 64])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize("capability", SMALLER)
+def test_it_fits_into_smaller_gpus(
+    capability: int,
+    head_dim: int,
+    group: int,
+    kind: str,
+    compiled: dict[str, Compiled],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    from twofold.kernels.triton import decode_launch
+
+    triton.runtime.driver.set_active(Target(capability))
+    monkeypatch.setattr(decode_launch, "shared_bytes", lambda _: SMALLER[capability])
+    decode_launch.decode.attend.device_caches.clear()  # of the GPU that is not here, which has become another
+    decode_launch.decode.combine.device_caches.clear()
+    decode_launch.attend(shaped(head_dim, group, torch.bfloat16, **KINDS[kind]))
+    made = compiled["attend"]
+    assert made.shared <= SMALLER[capability]

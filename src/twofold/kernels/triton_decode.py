@@ -58,7 +58,7 @@ def attend(inputs: Inputs) -> Tensor:
     """[B, H, T, D]. Raises TwofoldError for tensors that do not fit together."""
     check(inputs)
     if not torch.compiler.is_compiling():
-        return decode_launch.attend(inputs)
+        return decode_launch.on_its_device(inputs)
     others = _others(inputs)
     rotation = inputs.key_rotation
     distance = 0 if rotation is None else rotation.distance
@@ -232,7 +232,7 @@ def _operator(
     scales: Sequence[float],
 ) -> Tensor:
     inputs = _inputs(query, key, value, others, counts)
-    return decode_launch.attend(replace(inputs, scale=scales[0], soft_cap=scales[1]))
+    return decode_launch.on_its_device(replace(inputs, scale=scales[0], soft_cap=scales[1]))
 
 
 @_operator.register_fake

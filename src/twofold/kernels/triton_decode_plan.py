@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 SHARED_BYTES = 227 * 1024
-"""Of a multiprocessor of an H100 or H200, for all of its programs; each takes 1 KiB more than it asks for."""
+"""What a program may take of the shared memory of a multiprocessor of an H100 or H200; it has 1 KiB more, and so much more does each program take."""
 MAX_PARTS = 256
 NUMBERS_AT_A_TIME = 8192
 """Of what parts leave, the second kernel reads so many at a time: 64 for each of its 128 threads."""
@@ -94,11 +94,13 @@ def padded(size: int, least: int = 16) -> int:
 
 
 @lru_cache(maxsize=1024)
-def plan_of(call: Call, units: int, num_keys: int, multiprocessors: int) -> tuple[Plan, int]:
+def plan_of(
+    call: Call, units: int, num_keys: int, multiprocessors: int, shared_bytes: int = SHARED_BYTES
+) -> tuple[Plan, int]:
     """The plan of a call with ``units`` pairs of a sequence and a KV head, over at most ``num_keys`` keys, and into how many parts these are shared out."""
-    rows = rows_of(call)
+    rows = rows_of(call, shared_bytes)
     columns, turn_columns, again = _pieces(call)
-    tiles = tiles_of(call, rows)
+    tiles = tiles_of(call, rows, shared_bytes)
     turn_pieces = -(-call.pairs // turn_columns) if call.pairs else 0
     pieces = padded(call.head_dim) // columns
     parts = parts_of(units * -(-call.rows // rows), -(-num_keys // tiles.keys), multiprocessors * tiles.programs)
@@ -135,9 +137,17 @@ def plan_of(call: Call, units: int, num_keys: int, multiprocessors: int) -> tupl
     return plan, parts
 
 
-def rows_of(call: Call) -> int:
-    """How many rows of queries a program takes; more than 64, and 32 of the widest keys that turn in many dimensions, are several programs' that read the same keys."""
-    return min(padded(call.rows), 32 if call.head_dim > 256 and call.pairs > 64 else 64)
+def rows_of(call: Call, shared_bytes: int = SHARED_BYTES) -> int:
+    """How many rows of queries a program takes; what is more is several programs', which read the same keys.
+
+    There are fewer where these are wide and turn in many dimensions, and where shared memory is small: there queries and the sums of their values would fill it.
+    """
+    most = 64
+    if call.head_dim > 256 and (call.pairs > 64 or shared_bytes < SHARED_BYTES):
+        most = 32
+    if call.head_dim > 128 and shared_bytes < SHARED_BYTES // 2:
+        most = 16
+    return min(padded(call.rows), most)
 
 
 def _is_steady(call: Call, rows: int) -> bool:
@@ -170,7 +180,7 @@ class Tiles:
     programs: int
 
 
-def tiles_of(call: Call, rows: int) -> Tiles:
+def tiles_of(call: Call, rows: int, shared_bytes: int = SHARED_BYTES) -> Tiles:
     """The sizes for a call, by what a multiprocessor has: registers for the sums, shared memory for the tiles that are on their way.
 
     Memory answers after about a microsecond, in which it could bring 24 KiB to each multiprocessor of an H100 and 36 to one of an H200: that much and more must be on
@@ -179,7 +189,7 @@ def tiles_of(call: Call, rows: int) -> Tiles:
     """
     width = max(padded(call.head_dim), padded(call.value_dim), 64)
     if call.bits == 8:
-        return _tiles_in_registers(call, rows, width)
+        return _tiles_in_registers(call, rows, shared_bytes)
     warps = 8 if width * rows >= 512 * 32 else 4
     programs = min(
         {64: 4, 128: 3, 256: 2, 512: 1}[width],
@@ -187,35 +197,41 @@ def tiles_of(call: Call, rows: int) -> Tiles:
         2 if call.pairs and width == 64 else 4,
     )
     keys = 128 if width == 64 and call.shares and rows == 16 else 64
-    while (stages := _stages(call, rows, keys, programs)) < 3 and keys > 32:
+    while True:
+        tile, kept = _bytes(call, rows, keys)
+        stages = min(4, ((shared_bytes + 1024) // programs - 1024 - kept) // tile)
+        if stages >= (3 if keys > 32 else 2) or keys == 16:
+            return Tiles(keys=keys, warps=warps, stages=max(1, stages), programs=programs)
         if programs > 1:
             programs -= 1
         else:
             keys //= 2
-    return Tiles(keys=keys, warps=warps, stages=stages, programs=programs)
 
 
-def _tiles_in_registers(call: Call, rows: int, width: int) -> Tiles:
+def _tiles_in_registers(call: Call, rows: int, shared_bytes: int) -> Tiles:
     """The same for 8-bit numbers: while a tile is multiplied, in 16 bits, the next one waits in registers as it came."""
-    turns = call.pairs > 0
+    width = max(padded(call.head_dim), padded(call.value_dim), 64)
+    keys, warps, programs = 64, 4, 2
     if width == 512:
-        return Tiles(keys=32, warps=4 if rows == 16 else 8, stages=2, programs=2 if rows == 16 else 1)
-    if rows == 64:
-        return Tiles(keys=64, warps=8, stages=2, programs=1)
-    programs = 3 if rows == 16 and width <= 128 and not turns else 2
-    return Tiles(keys=128 if rows == 16 and width == 64 else 64, warps=4, stages=2, programs=programs)
+        keys, warps, programs = (32, 4, 2) if rows == 16 else (32, 8, 1)
+    elif rows == 64:
+        warps, programs = 8, 1
+    elif rows == 16:
+        keys, programs = 128 if width == 64 else 64, 3 if width <= 128 and not call.pairs else 2
+    tile, kept = _bytes(call, rows, keys)
+    programs = max(1, min(programs, (shared_bytes + 1024) // (tile + kept + 1024)))
+    return Tiles(keys=keys, warps=warps, stages=2, programs=programs)
 
 
-def _stages(call: Call, rows: int, keys: int, programs: int) -> int:
-    """How many tiles of 16-bit numbers fit into the share of shared memory that one of some programs has; never more than 4."""
+def _bytes(call: Call, rows: int, keys: int) -> tuple[int, int]:
+    """Shared memory for a tile that is on its way, in 16 bits, and for what stays: queries, weights, and room to bring sums into order."""
     _, turn_columns, again = _pieces(call)
-    turning = -(-call.pairs // turn_columns) * turn_columns if call.pairs else 0
-    query = padded(call.head_dim) + 2 * turning + (padded(call.extension_dim) if call.extension_dim else 0)
-    tile = padded(call.head_dim) + (0 if call.shares else padded(call.value_dim))
-    tile += padded(call.extension_dim) if call.extension_dim else 0
-    tile += 2 * turning * again + (0 if _is_steady(call, rows) else 2 * turning * call.table_bits // 16)
-    room = SHARED_BYTES // programs - 1024 - 2 * rows * query - 4096 - 2 * keys * rows
-    return max(2, min(4, room // (2 * keys * tile)))
+    extension = padded(call.extension_dim) if call.extension_dim else 0
+    turning = 2 * (-(-call.pairs // turn_columns) * turn_columns) if call.pairs else 0
+    numbers = padded(call.head_dim) + (0 if call.shares else padded(call.value_dim)) + extension
+    numbers += turning * again + (0 if _is_steady(call, rows) else turning * call.table_bits // 16)
+    query = padded(call.head_dim) + turning + extension
+    return 2 * keys * numbers, 2 * rows * (query + keys) + 4096
 
 
 def parts_of(units: int, tiles: int, programs: int) -> int:

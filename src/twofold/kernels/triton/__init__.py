@@ -27,6 +27,8 @@ def why_not(device: str) -> str:
         return f"it runs on a GPU that torch calls cuda, and not on {device}"
     if not torch.cuda.is_available():
         return "there is no GPU here"
+    if torch.version.hip is not None:
+        return "its kernels were never compiled for GPUs of AMD"
     major, minor = compute_capability()
     return "" if major >= 8 else f"the GPU's compute capability is {major}.{minor}, and 8.0 is the least"
 
@@ -58,3 +60,10 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """What a program may take of the shared memory of a multiprocessor; of the interpreter as much as on an H100."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return int(getattr(properties, "shared_memory_per_block_optin", 227 * 1024))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twofold.kernels.inputs import Inputs
-from twofold.kernels.triton import decode, multiprocessors
+from twofold.kernels.triton import decode, multiprocessors, shared_bytes
 from twofold.kernels.triton_decode_plan import Call, Plan, plan_of
 
 PLANNED_TOKENS = 128
@@ -117,7 +117,8 @@ def plan_for(inputs: Inputs) -> tuple[Plan, int]:
         num_keys = min(num_keys, (1 if inputs.mask.causal else 2) * window + num_queries)
     num_keys = -(-num_keys // PLANNED_TOKENS) * PLANNED_TOKENS
     units = inputs.query.shape[0] * inputs.key.shape[1]
-    return plan_of(call_of(inputs), units, num_keys, multiprocessors(inputs.query.device))
+    device = inputs.query.device
+    return plan_of(call_of(inputs), units, num_keys, multiprocessors(device), shared_bytes(device))
 
 
 def attend(inputs: Inputs) -> Tensor:
@@ -125,8 +126,8 @@ def attend(inputs: Inputs) -> Tensor:
     batch, heads, num_queries, _ = inputs.query.shape
     value_dim = inputs.value.shape[3]
     output = inputs.query.new_empty((batch, num_queries, heads, value_dim)).transpose(1, 2)
-    if not output.numel():
-        return output
+    if not output.numel() or not inputs.num_keys:
+        return output.zero_()
     (plan, splits), kv_heads = plan_for(inputs), inputs.key.shape[1]
     group = heads // kv_heads
     row_blocks = -(-group * num_queries // plan.rows)
@@ -151,6 +152,15 @@ def attend(inputs: Inputs) -> Tensor:
 def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], *, warps: int, stages: int) -> None:
     """Start a kernel. Tests compile in its place."""
     kernel[(programs,)](*arguments, num_warps=warps, num_stages=stages)
+
+
+def on_its_device(inputs: Inputs) -> Tensor:
+    """:func:`attend`, where the tensors are: Triton starts kernels on the GPU in use, which need not be theirs."""
+    device = inputs.query.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return attend(inputs)
+    with torch.cuda.device(device):
+        return attend(inputs)
 
 
 def _strided(tensor: Tensor | None) -> Strided | None:
