@@ -108,8 +108,8 @@ def plain_with_weights_of(ours: nn.Module, shape: dict[str, int]) -> PlainModel:
     return plain
 
 
-def step_of(name: str, shape: dict[str, int], device: str) -> Callable[[], None]:
-    """One optimiser step of the model called ``name``, on the same batch each time."""
+def step_of(name: str, shape: dict[str, int], device: str, *, waits: bool = True) -> Callable[[], None]:
+    """One optimiser step of the model called ``name``, on the same batch each time; it ``waits`` for a GPU to be done with it."""
     ours = build_model(spec_of(shape, TIES.get(name, "(Q, K, V)")), seed=0)
     model = (ours if name in TIES else plain_with_weights_of(ours, shape)).to(device)
     ids = torch.randint(shape["vocabulary"], (shape["batch"], shape["context"]), device=device)
@@ -123,7 +123,7 @@ def step_of(name: str, shape: dict[str, int], device: str) -> Callable[[], None]
             loss_of().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
+        if device == "cuda" and waits:
             torch.cuda.synchronize()
 
     return step

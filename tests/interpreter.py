@@ -48,6 +48,7 @@ def mend_interpreter() -> None:
     floats |= {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
     kept_as_bits = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8, tl.float8e5: torch.uint8}
     cast, patch = InterpreterBuilder.cast_impl, interpreter._patch_lang_tensor
+    call = interpreter.InterpretedFunction.__call__
 
     def as_torch(handle):
         given = torch.from_numpy(np.array(handle.data))
@@ -62,8 +63,8 @@ def mend_interpreter() -> None:
         return TensorHandle(found.numpy(), kind)
 
     def dot(self, a, b, total, *_):
-        product = as_torch(a).to(torch.float32) @ as_torch(b).to(torch.float32)
-        return TensorHandle(product.numpy() + total.data, total.dtype.scalar)
+        wide = [as_torch(x).to(torch.float32).numpy() for x in (a, b)]
+        return TensorHandle(wide[0] @ wide[1] + total.data, total.dtype.scalar)
 
     def bfloat16_constant(self, value):
         return convert(self, TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.bfloat16)
@@ -72,6 +73,15 @@ def mend_interpreter() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def call_from_kernel(self, *given, **named):
+        """What a kernel of ours calls speaks the language that was made ready for the kernel; to make it ready once more takes longer than the call."""
+        if not self.fn.__module__.startswith("twofold."):
+            return call(self, *given, **named)
+        return self.rewrite()(*given, **named)
+
+    interpreter.InterpretedFunction.__call__ = call_from_kernel
+    # A third of the time goes into looks for whole numbers that are too large; a GPU does not look either.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     InterpreterBuilder.cast_impl = InterpreterBuilder.create_fp_to_fp = convert
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.get_bf16 = bfloat16_constant

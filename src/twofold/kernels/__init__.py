@@ -1,7 +1,8 @@
 """Attention over projections that are already made: one signature, backends that each fill one file, and one function that chooses.
 
 A backend is a module with ``NAME``, ``supports(problem) -> str`` (empty, or why not) and ``attend(inputs) -> Tensor``; the order of
-``BACKENDS`` is the order in which ``auto`` tries them. Kernels import nothing of ours but errors.
+``BACKENDS`` is the order in which ``auto`` tries them. Where it could serve but others do it as well, it may say so by ``pays(problem) -> str``: ``auto`` then
+passes over it, and who asks for it by name is served. Kernels import nothing of ours but errors.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from twofold.errors import TwofoldError
-from twofold.kernels import folded, native, reference, scaled_dot_product, triton_decode
+from twofold.kernels import folded, native, reference, scaled_dot_product, triton_decode, triton_prefill
 from twofold.kernels.inputs import Inputs, Mask, Problem, Rotation
 
 __all__ = ["BACKENDS", "Choice", "Inputs", "Mask", "Problem", "Rotation", "attend", "check_name", "choose"]
@@ -20,15 +21,16 @@ __all__ = ["BACKENDS", "Choice", "Inputs", "Mask", "Problem", "Rotation", "atten
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """A way to compute; ``supports`` answers with the reason against, or nothing."""
+    """A way to compute; ``supports`` answers with the reason against, or nothing, and ``pays`` with one that only ``auto`` minds."""
 
     attend: Callable[[Inputs], Tensor]
     supports: Callable[[Problem], str]
+    pays: Callable[[Problem], str] = lambda _: ""
 
 
 BACKENDS: Mapping[str, Backend] = {
-    module.NAME: Backend(attend=module.attend, supports=module.supports)
-    for module in (native, triton_decode, scaled_dot_product, reference, folded)
+    module.NAME: Backend(attend=module.attend, supports=module.supports, pays=getattr(module, "pays", Backend.pays))
+    for module in (native, triton_decode, triton_prefill, scaled_dot_product, reference, folded)
 }
 
 
@@ -52,14 +54,21 @@ def choose(problem: Problem, backend: str = "auto") -> Choice:
     check_name(backend)
     refused: dict[str, str] = {}
     for name in BACKENDS if backend == "auto" else (backend,):
-        keeps_weights = name == reference.NAME or not problem.needs_weights
-        if reason := BACKENDS[name].supports(problem) if keeps_weights else "it keeps no attention weights":
+        if reason := _against(name, problem, minds_pay=backend == "auto"):
             refused[name] = reason
             continue
         why = "asked for" if backend != "auto" else f"the first of {', '.join(BACKENDS)} that serves this problem"
         return Choice(name=name, why=why, refused=refused)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     raise TwofoldError(f"No attention backend can serve this ({reasons}): use backend='auto'.")
+
+
+def _against(name: str, problem: Problem, *, minds_pay: bool) -> str:
+    """Why a backend is not chosen; empty: it is."""
+    if problem.needs_weights and name != reference.NAME:
+        return "it keeps no attention weights"
+    reason = BACKENDS[name].supports(problem)
+    return BACKENDS[name].pays(problem) if minds_pay and not reason else reason
 
 
 def attend(inputs: Inputs, backend: str = "auto") -> Tensor:
