@@ -252,8 +252,10 @@ struct Attention {
     Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to, Ahead& ahead) {
         const char* from = row_of(call, rows_of, sequence, kv_head, first);
         const int64_t size = static_cast<int64_t>(bytes_of(rows_of.kind)), step = rows_of.row_stride * size;
-        ask(from, step, dim * size, count);
-        if (!call.pages) ahead = {from + TILES_AHEAD * count * step, step, dim * size, count};
+        // Rows without gaps are one long row.
+        const int64_t lying = step == dim * size ? 1 : count, bytes = count / lying * dim * size;
+        ask(from, step, bytes, lying);
+        if (!call.pages) ahead = {from + TILES_AHEAD * count * step, step, bytes, lying};
         if (rows_of.kind == OWN && dim == wide && count == full && !some) return {reinterpret_cast<const Number*>(from), rows_of.row_stride};
         for (int64_t k = 0; k < full; ++k, from += step) {
             Number* target = to + k * wide;
@@ -311,7 +313,7 @@ struct Attention {
                                             : take(call.key, head, call.key_dim, key_dim, first, count, full, some, raw, of_keys);
         std::memset(logits, 0, static_cast<size_t>(rows * TILE) * 4);
         add_logits(keys, first, count, full, of_keys);
-        if (call.key_scales.of_tokens) multiply(call.key_scales, first, count);  // codes alone: what extends a key is none
+        if (call.key_scales.of_tokens) multiply(call.key_scales, first, count, some);  // codes alone: what extends a key is none
         if (call.extension_dim) {
             const Tile more = take(call.extension, 0, call.extension_dim, extension_dim, first, count, full, some, extension, of_others);
             const Factors<Number> extended{extension_query, more.data, extension_dim, more.stride};
@@ -370,11 +372,11 @@ struct Attention {
             part.total[r] += sum(total);
             ahead.go(TILE / rows);
         }
-        if (call.value_scales.of_tokens) multiply(call.value_scales, first, count);
+        if (call.value_scales.of_tokens) multiply(call.value_scales, first, count, some);
     }
 
-    // Logits, or weights, by the scales of their tokens.
-    void multiply(const Scales& scales, int64_t first, int64_t count) {
+    // Logits, or weights, by the scales of their tokens; those of tokens that nobody sees may be anything.
+    void multiply(const Scales& scales, int64_t first, int64_t count, bool some) {
         int64_t batch = sequence, token = first;
         if (call.pages) {
             batch = call.pages[sequence * call.pages_per_sequence + first / call.page_tokens];
@@ -386,6 +388,8 @@ struct Attention {
             std::memcpy(factors, from, static_cast<size_t>(count) * 4);
         else
             for (int64_t k = 0; k < count; ++k) factors[k] = from[k * scales.row_stride];
+        for (int64_t k = 0; some && k < count; ++k)
+            if (view.hidden[k]) factors[k] = 0;
         for (int64_t k = 0; k < count; k += W) {
             const Floats factor = load(factors + k);
             for (int64_t r = 0; r < rows; ++r) store(logits + r * TILE + k, load(logits + r * TILE + k) * factor);

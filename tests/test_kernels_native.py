@@ -226,6 +226,36 @@ def test_what_nobody_sees_may_be_anything(level: str, hide: str):
     torch.testing.assert_close(found, native.attend(replace(inputs, key=part, value=part), level=level))
 
 
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_of_codes_that_nobody_sees_may_be_anything(level: str, dtype: torch.dtype):
+    inputs, kept = small(dtype), 33
+    codes = (inputs.key * 30).to(torch.int8)
+    scales = Draw(1).normal(3, 2, 70, 1).abs()
+    filled = replace(inputs, key=codes, value=codes, key_scales=scales, value_scales=scales)
+    unfilled = scales.clone()
+    unfilled[:, :, kept:] = torch.nan
+    hidden = Mask(causal=True, lengths=torch.full((3,), kept))
+    wanted = native.attend(replace(filled, mask=hidden), level=level)
+    found = native.attend(replace(filled, key_scales=unfilled, value_scales=unfilled, mask=hidden), level=level)
+    assert not wanted.isnan().any()
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_not_a_number_in_a_query_of_codes_stays_in_its_row(level: str, broken: float):
+    inputs = small()
+    codes, scales = (inputs.key * 30).to(torch.int8), Draw(1).normal(3, 2, 70, 1).abs()
+    inputs = replace(inputs, key=codes, value=codes, key_scales=scales, value_scales=scales)
+    query = inputs.query.clone()
+    query[1, 1, 0, 3] = broken
+    found, wanted = native.attend(replace(inputs, query=query), level=level), native.attend(inputs, level=level)
+    assert found[1, 1].isnan().all()
+    found[1, 1] = wanted[1, 1]
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 5), (2, 2, 0)])
 def test_nothing_to_do_is_done(shape: tuple[int, int, int]):
     batch, kv_heads, keys = shape
