@@ -312,7 +312,7 @@ def test_one_tile_in_shared_memory_serves_both_products(head_dim: int, compiled:
 @needs_compiler
 def test_what_gemma_needs_compiles(compiled: dict[str, Compiled]):
     """Of 512 dimensions 128 turn: nothing is read twice, and three tiles of 64 keys fit."""
-    made = compile_and_check(shaped(512, 8, torch.bfloat16, pairs=0.125, is_steady=True), compiled, max_spilled=160)
+    made = compile_and_check(shaped(512, 8, torch.bfloat16, pairs=0.125, is_steady=True), compiled, max_spilled=64)
     assert made.group_products == made.products
     assert made.shared > 3 * 64 * 512 * 2
 

@@ -38,6 +38,7 @@ class Call:
     page: int = 0
     key_multiple: int = 16
     table_multiple: int = 16
+    is_compiled: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Plan:
     page: int
     key_multiple: int
     table_multiple: int
+    is_compiled: bool
     keys: int
     rows: int
     columns: int
@@ -114,6 +116,7 @@ def plan_of(
         page=call.page,
         key_multiple=call.key_multiple,
         table_multiple=call.table_multiple,
+        is_compiled=call.is_compiled,
         keys=tiles.keys,
         rows=rows,
         columns=columns,
@@ -194,7 +197,7 @@ def tiles_of(call: Call, rows: int, shared_bytes: int = SHARED_BYTES) -> Tiles:
     programs = min(
         {64: 4, 128: 3, 256: 2, 512: 1}[width],
         {16: 4, 32: 2, 64: 8 // warps}[rows],
-        2 if call.pairs and width == 64 else 4,
+        2 if call.pairs and width <= 128 else 4,
     )
     keys = 128 if width == 64 and call.shares and rows == 16 else 64
     while True:

@@ -29,7 +29,7 @@ from twofold.kernels.triton.decode_tiles import (
     read,
     share,
     token_scale,
-    unpacked,
+    turned_pairs,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -46,7 +46,7 @@ def attend(query, held, beside, seen, output, sizes, scales, PLAN: tl.constexpr)
     still, turning, extension = queries(query, rows, where, beside, sizes, PLAN)
     steps = ()
     if PLAN.is_steady:
-        steps = angles_of_steps(held, where, sizes.num_keys, PLAN)
+        steps = angles_of_steps(held, where, sizes.num_keys, DTYPE, PLAN)
     peak = tl.full([PLAN.rows], float("-inf"), tl.float32)
     norm = tl.full([PLAN.keys, PLAN.rows], 0.0, tl.float32)
     sums = ()
@@ -156,25 +156,25 @@ def turned(logits, tiles, turning, keys, where, given, PLAN: tl.constexpr):
     for piece in tl.static_range(TURN_PIECES):
         if PLAN.again:
             offsets = key_offsets(slots, here, held.key, where, beside, PLAN)
-            a = half_of(held.key, offsets, here, 0, piece, PLAN)
-            b = half_of(held.key, offsets, here, 1, piece, PLAN)
+            a = half_of(held.key, offsets, here, 0, piece, PLAN).to(DTYPE)
+            b = half_of(held.key, offsets, here, 1, piece, PLAN).to(DTYPE)
         else:
             a, b = tiles[piece], tiles[piece + PLAN.partner]
-        a, b = a.to(tl.float32), b.to(tl.float32)
         if beside.channels is not None:
-            a = a * half_scale(beside.channels, where, 0, piece, PLAN)[None, :]
-            b = b * half_scale(beside.channels, where, 1, piece, PLAN)[None, :]
+            a = (a.to(tl.float32) * half_scale(beside.channels, where, 0, piece, PLAN)[None, :]).to(DTYPE)
+            b = (b.to(tl.float32) * half_scale(beside.channels, where, 1, piece, PLAN)[None, :]).to(DTYPE)
         query_a, query_b = query[piece], query[piece + TURN_PIECES]
         if PLAN.is_steady:
-            cosine, sine = unpacked(steps[piece], first >> 31)
+            cosine, sine = steps[piece], steps[piece + TURN_PIECES]
             first_cosine = angles_of(held.cosine, first, where, piece, 1.0, PLAN)
             first_sine = angles_of(held.sine, first, where, piece, 0.0, PLAN)
             query_a, query_b = turned_back(query_a, query_b, first_cosine, first_sine, DTYPE)
         else:
-            cosine = angles(held.cosine, slots, here, where, piece, 1.0, PLAN)
-            sine = angles(held.sine, slots, here, where, piece, 0.0, PLAN)
-        logits = tl.dot((a * cosine - b * sine).to(DTYPE), query_a, logits)
-        logits = tl.dot((b * cosine + a * sine).to(DTYPE), query_b, logits)
+            cosine = angles(held.cosine, slots, here, where, piece, 1.0, PLAN).to(DTYPE)
+            sine = angles(held.sine, slots, here, where, piece, 0.0, PLAN).to(DTYPE)
+        a, b = turned_pairs(a, b, cosine, sine, PLAN)
+        logits = tl.dot(a, query_a, logits)
+        logits = tl.dot(b, query_b, logits)
     return logits
 
 

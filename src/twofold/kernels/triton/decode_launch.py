@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twofold.kernels.inputs import Inputs
-from twofold.kernels.triton import decode, multiprocessors, shared_bytes
+from twofold.kernels.triton import decode, is_interpreting, multiprocessors, shared_bytes
 from twofold.kernels.triton_decode_plan import Call, Plan, plan_of
 
 PLANNED_TOKENS = 128
@@ -98,6 +98,7 @@ def call_of(inputs: Inputs) -> Call:
         page=0 if inputs.pages is None else inputs.key.shape[2],
         key_multiple=_multiple(inputs.key, inputs.value),
         table_multiple=16 if rotation is None else _multiple(rotation.cosine, rotation.sine),
+        is_compiled=not is_interpreting(),
     )
 
 

@@ -199,15 +199,12 @@ def angles_of(table, slot, where, PIECE: tl.constexpr, OTHER: tl.constexpr, PLAN
 
 
 @triton.jit
-def angles_of_steps(held, where, num_keys, PLAN: tl.constexpr):
-    """Cosines and sines of 0 to N - 1 steps from a key, R(p) R(0)^-1 of the first rows p: [N, columns] for each piece of the pairs.
-
-    They stay in registers, which are few, so both are in one word, in float16: that has 11 bits of a number that is at most 1.
-    """
+def angles_of_steps(held, where, num_keys, DTYPE: tl.constexpr, PLAN: tl.constexpr):
+    """Cosines, then sines, of 0 to N - 1 steps from a key, R(p) R(0)^-1 of the first rows p: [N, columns] for each piece of the pairs. They stay in registers."""
     TURN_PIECES: tl.constexpr = PLAN.turn_pieces
     rows = tl.arange(0, PLAN.keys)
     here = rows < num_keys
-    steps = ()
+    cosines, sines = (), ()
     for piece in tl.static_range(TURN_PIECES):
         cosine = angles(held.cosine, rows, here, where, piece, 1.0, PLAN)
         sine = angles(held.sine, rows, here, where, piece, 0.0, PLAN)
@@ -215,15 +212,52 @@ def angles_of_steps(held, where, num_keys, PLAN: tl.constexpr):
         sine_0 = angles_of(held.sine, num_keys * 0, where, piece, 0.0, PLAN)[None, :]
         square = cosine_0 * cosine_0 + sine_0 * sine_0
         cosine_0, sine_0 = cosine_0 / square, sine_0 / square
-        low = (cosine * cosine_0 + sine * sine_0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-        high = (sine * cosine_0 - cosine * sine_0).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-        steps = steps + ((low & 0xFFFF) | (high << 16),)
-    return steps
+        cosines = cosines + ((cosine * cosine_0 + sine * sine_0).to(DTYPE),)
+        sines = sines + ((sine * cosine_0 - cosine * sine_0).to(DTYPE),)
+    return cosines + sines
 
 
 @triton.jit
-def unpacked(word, zero):
-    """Cosines and sines in float32. ``zero`` is 0, which the compiler does not know: it would hold them unpacked, in twice as many registers."""
-    word = word ^ zero
-    cosine = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    return cosine, (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def turned_pairs(a, b, cosine, sine, PLAN: tl.constexpr):
+    """(a cos - b sin, b cos + a sin) in 16 bits, with two roundings: two numbers at a time, which takes a quarter of the instructions of float32."""
+    if PLAN.is_compiled:
+        if a.dtype == tl.bfloat16:
+            first, second = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 product, zero;
+                mov.b32 zero, 0x80008000;
+                fma.rn.bf16x2 product, $3, $5, zero;
+                neg.bf16x2 product, product;
+                fma.rn.bf16x2 $0, $2, $4, product;
+                fma.rn.bf16x2 product, $2, $5, zero;
+                fma.rn.bf16x2 $1, $3, $4, product;
+                }""",
+                "=&r,=&r,r,r,r,r",
+                [a, b, cosine, sine],
+                (tl.bfloat16, tl.bfloat16),
+                True,
+                2,
+            )
+        else:
+            first, second = tl.inline_asm_elementwise(
+                """{
+                .reg .b32 product, zero;
+                mov.b32 zero, 0x80008000;
+                fma.rn.f16x2 product, $3, $5, zero;
+                neg.f16x2 product, product;
+                fma.rn.f16x2 $0, $2, $4, product;
+                fma.rn.f16x2 product, $2, $5, zero;
+                fma.rn.f16x2 $1, $3, $4, product;
+                }""",
+                "=&r,=&r,r,r,r,r",
+                [a, b, cosine, sine],
+                (tl.float16, tl.float16),
+                True,
+                2,
+            )
+    else:
+        wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+        wide_cosine, wide_sine = cosine.to(tl.float32), sine.to(tl.float32)
+        first = (wide_a * wide_cosine - (wide_b * wide_sine).to(a.dtype).to(tl.float32)).to(a.dtype)
+        second = (wide_b * wide_cosine + (wide_a * wide_sine).to(a.dtype).to(tl.float32)).to(a.dtype)
+    return first, second
