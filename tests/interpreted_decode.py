@@ -187,24 +187,26 @@ def test_every_length_of_a_ragged_batch():
     assert torch.equal(found[-1], torch.zeros_like(found[-1]))
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3, 40])
+@pytest.mark.parametrize(
+    ("multiprocessors", "head_dim", "wanted"), [(1, 32, 4), (3, 32, 12), (40, 32, 12), (40, 512, 24)]
+)
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_into_however_many_parts_keys_are_shared_out(
-    multiprocessors: int, num_queries: int, monkeypatch: pytest.MonkeyPatch
+    multiprocessors: int, head_dim: int, wanted: int, num_queries: int, monkeypatch: pytest.MonkeyPatch
 ):
+    """Those of the widest heads are added up in more than one round."""
     seen = []
     plan_for = decode_launch.plan_for
     monkeypatch.setattr(decode_launch, "multiprocessors", lambda _: multiprocessors)
     monkeypatch.setattr(decode_launch, "plan_for", lambda inputs: seen.append(plan_for(inputs)) or seen[-1])
     normal = drawn(2)
-    key = normal(1, 1, 1500, 32)
+    key, query = normal(1, 1, 1500, head_dim), normal(1, 4, num_queries, head_dim)
     sinks = normal(4).float()
-    inputs = Inputs(
-        query=normal(1, 4, num_queries, 32), key=key, value=key, mask=Mask(causal=True), scale=0.3, sinks=sinks
-    )
+    inputs = Inputs(query=query, key=key, value=key, mask=Mask(causal=True), scale=1.7 * head_dim**-0.5, sinks=sinks)
     assert_close(triton_decode.attend(inputs), inputs)
-    (_, parts), *_ = seen
-    assert parts == {1: 4, 3: 12, 40: 12}[multiprocessors]
+    ((plan, parts),) = seen
+    assert parts == wanted
+    assert (parts > plan.parts_at_a_time) == (head_dim == 512)
 
 
 def test_large_and_equal_logits():

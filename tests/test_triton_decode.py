@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -167,6 +168,24 @@ def test_the_shapes_that_were_measured_fill_an_h100():
         tiles = keys / plan.keys
         rounds = -(-units * parts // programs) * -(-tiles // parts)
         assert units * tiles / programs / rounds > 0.9
+
+
+def test_the_benchmark_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """What it does where there is one, or Triton's interpreter, is tested by ``interpreted_decode.py``."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    main = importlib.import_module("decode_gpu").main
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit) as caught:
+            main([])
+        assert caught.value.code == 2
+        assert "there is no GPU here" in capsys.readouterr().err
+    if not IS_INTERPRETING:
+        with pytest.raises(SystemExit):
+            main(["--self-check"])
+        assert "set TRITON_INTERPRET=1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--shapes", "1x2"])
+    assert "is no shape" in capsys.readouterr().err
 
 
 # That it compiles

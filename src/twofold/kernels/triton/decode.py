@@ -1,10 +1,11 @@
 """Decoding: few queries over many keys, each tile of which is read once, as keys and as values.
 
-One program takes the queries that read one KV head and a part of the keys, and leaves for each row the sum of values weighted by exp(logit - peak), the peak, and
-the sum of the weights; :func:`combine` adds the parts. With one part the program finishes the output itself.
+One program takes the queries that read one KV head and a part of the keys. Of each row it leaves the sum of values weighted by exp(logit - peak), the peak, and
+the sum of the weights, and :func:`combine` adds up the parts; where there is one part, the program finishes the output itself.
 
-Logits are Kᵀ-less: keys are the rows of both products, logits [N, M] = K q and sums [D, M] = Kᵀ w, so that both read the tile from shared memory and the few
-queries are the narrow side. Sources: Milakov and Gimelshein 2018 (1805.02867) for the running softmax; Dao et al. 2023, Flash-Decoding, for the parts.
+Keys are the long side of both products, logits [N, M] = K q and sums [D, M] = Kᵀ w: tensor cores take 64 rows at least, of which there are as many keys as
+one likes, and they read the tile where it lies in shared memory, once as it is and once transposed. The few queries are the narrow side.
+Sources: Milakov and Gimelshein 2018 (1805.02867) for the running softmax; Dao et al. 2023, Flash-Decoding, for the parts.
 
 Shapes: N keys of a tile, M rows: the queries of all heads and tokens that read one KV head.
 """
