@@ -252,10 +252,8 @@ struct Attention {
     Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to, Ahead& ahead) {
         const char* from = row_of(call, rows_of, sequence, kv_head, first);
         const int64_t size = static_cast<int64_t>(bytes_of(rows_of.kind)), step = rows_of.row_stride * size;
-        // Rows without gaps are one long row.
-        const int64_t lying = step == dim * size ? 1 : count, bytes = count / lying * dim * size;
-        ask(from, step, bytes, lying);
-        if (!call.pages) ahead = {from + TILES_AHEAD * count * step, step, bytes, lying};
+        ask(from, step, dim * size, count);
+        if (!call.pages) ahead = {from + TILES_AHEAD * count * step, step, dim * size, count};
         if (rows_of.kind == OWN && dim == wide && count == full && !some) return {reinterpret_cast<const Number*>(from), rows_of.row_stride};
         for (int64_t k = 0; k < full; ++k, from += step) {
             Number* target = to + k * wide;

@@ -116,10 +116,9 @@ struct Ahead {
     int64_t step = 0, bytes = 0, rows = 0, at = 0;
 
     void go(int64_t lines) {
-        while (lines > 0 && rows > 0) {
-            const int64_t left = (bytes - at + 63) / 64, here = lines < left ? lines : left;
-            for (int64_t i = 0; i < here; ++i) __builtin_prefetch(row + at + 64 * i, 0, 2);
-            at += 64 * here, lines -= here;
+        for (; lines > 0 && rows > 0; --lines) {
+            __builtin_prefetch(row + at, 0, 2);
+            at += 64;
             if (at >= bytes) at = 0, row += step, --rows;
         }
     }
