@@ -62,13 +62,12 @@ const std::vector<const Level*>& levels() {
     return found;
 }
 
-const Level& level_for(bool is_bfloat16, int64_t queries, const std::string& name) {
+const Level& level_for(bool is_bfloat16, bool suits_tiles, const std::string& name) {
     const Level* best = nullptr;
     bool is_known = name.empty();
     for (const Level* level : levels()) {
-        // A product of tiles is one of 16 queries, however few there are.
-        const bool is_too_large = is_of_tiles(level) && queries < 3 && name.empty();
-        if ((is_bfloat16 || !is_of_bfloat16(level)) && !is_too_large) best = level;
+        const bool is_unsuited = is_of_tiles(level) && !suits_tiles && name.empty();
+        if ((is_bfloat16 || !is_of_bfloat16(level)) && !is_unsuited) best = level;
         if (name == level->name) {
             is_known = true;
             break;
