@@ -234,6 +234,13 @@ def test_a_query_without_keys_gets_zero():
         assert not output[0].any()
         assert output[1].any()
     assert torch.equal(triton_decode.attend(inputs)[1], key[1, :, 7:8].expand(-1, 2, -1))
+    # Of a text of one token the first of two queries stands before it, and nowhere.
+    alone = replace(inputs, mask=Mask(causal=False, lengths=torch.tensor([1, 0], device=DEVICE)))
+    output = triton_decode.attend(alone)
+    assert torch.equal(output[0, :, 1], key[0, :, 0])
+    assert not output[0, :, 0].any()
+    assert not output[1].any()
+    assert_close(output, alone)
 
 
 def test_nan_stays_in_its_row():
