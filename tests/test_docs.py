@@ -425,7 +425,8 @@ def pinned() -> dict[str, Requirement]:
 
 
 def test_every_dependency_is_pinned_to_a_version_that_it_allows():
-    assert list(pinned()) == sorted(required())
+    # Which Triton goes with a PyTorch is PyTorch's to say.
+    assert list(pinned()) == sorted(required().keys() - {"triton"})
     for name, pin in pinned().items():
         (exact,) = pin.specifier
         assert exact.operator == "=="
