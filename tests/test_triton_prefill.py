@@ -19,6 +19,9 @@ from twofold.kernels import Inputs, Mask, Rotation, choose, triton_prefill, trit
 from twofold.kernels.triton_prefill_plan import Plan, tiles_of
 
 triton = pytest.importorskip("triton")
+of_this_compiler = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason="what is spilled is counted for the compiler of Triton 3.6"
+)
 
 
 @pytest.mark.timeout(900)
@@ -283,6 +286,7 @@ needs_compiler = pytest.mark.skipif(IS_INTERPRETING, reason="what is interpreted
 
 
 @needs_compiler
+@of_this_compiler
 def test_heads_of_64_leave_room_for_two_programs(compiled: dict[str, Compiled]):
     """While one multiplies, the other takes exponentials. All products are those of groups of warps, and of a stream no tile is loaded twice."""
     compile_call(64, torch.bfloat16)
@@ -295,6 +299,7 @@ def test_heads_of_64_leave_room_for_two_programs(compiled: dict[str, Compiled]):
     assert compiled["stream_gradient"].copies == 4 * 2 * 2
 
 
+@of_this_compiler
 @needs_compiler
 @pytest.mark.parametrize("kind", ["plain", "full rotation"])
 def test_heads_of_128_fit(kind: str, compiled: dict[str, Compiled]):
