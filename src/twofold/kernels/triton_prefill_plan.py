@@ -85,14 +85,14 @@ class Plan:
         return self.shares and not self.turns and not self.scales
 
     @property
-    def whole_later(self) -> bool:
+    def masked_early(self) -> bool:
         """Whether the first queries that see a tile of keys may not see all of it."""
         return (self.causal or self.window) and not self.hides
 
     @property
-    def broken_earlier(self) -> bool:
-        """The same of the last queries; and there may be fewer than a tile of them."""
-        return self.hides or self.window or self.ragged
+    def masked_late(self) -> bool:
+        """Whether the last ones may not, or may be fewer than a tile, or any of them where pairs may be hidden anywhere."""
+        return self.window or self.hides or self.ragged
 
 
 def _columns(count: int) -> int:
@@ -125,7 +125,7 @@ _WIDE: dict[Role, tuple[_Row, ...]] = {
         _row(256, (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)),
     ),
     "query_gradient": (
-        _row(64, (128, 64, 8, 3, 128), (128, 32, 8, 3, 128), (128, 64, 8, 3, 128)),
+        _row(64, (64, 64, 4, 3, 168), (128, 32, 8, 3, 128), (128, 64, 8, 3, 128)),
         _row(128, (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
         _row(256, (128, 32, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
     ),

@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 
 from twofold.kernels.triton.prefill_tiles import (
-    aligned,
     documents_at,
     key_range,
     keys_at,
     keys_of,
     logits_of,
+    place_at,
     query_parts,
     visible,
+    walk_over,
     write,
     zeros,
 )
@@ -39,11 +40,12 @@ def query_block(sizes, PLAN: tl.constexpr):
 
 
 @triton.jit
-def walk(state, query, places, held, span, PLAN: tl.constexpr, MASKED: tl.constexpr):
-    """Take the keys span[0] to span[1] into the state: sums of weighted values, highest logits and sums of exponentials. span[2] is the scale."""
+def walk(state, query, places, held, span, scale, PLAN: tl.constexpr, MASKED: tl.constexpr):
+    """Take the keys of a span into the state: sums of weighted values, highest logits and sums of exponentials."""
     total, peak, norm = state
-    for start in range(span[0], span[1], PLAN.keys):
-        first = aligned(start, PLAN.keys)
+    way = walk_over(span, MASKED, PLAN.window, True)
+    for step in range(0, way[1], PLAN.keys):
+        first = place_at(step, way, PLAN.keys, MASKED, PLAN.window, True)
         rest, a, b, value = keys_at(held, first, not MASKED, PLAN)
         logits = logits_of(query, (rest, a, b), PLAN)
         if MASKED:
@@ -51,10 +53,10 @@ def walk(state, query, places, held, span, PLAN: tl.constexpr, MASKED: tl.conste
             documents = documents_at(held, key_places, PLAN)
             seen = visible(places, (key_places, documents), held, PLAN)
             logits = tl.where(seen, logits, float("-inf"))
-        highest = tl.maximum(peak, tl.max(logits, 1) * span[2])
+        highest = tl.maximum(peak, tl.max(logits, 1) * scale)
         # A query that has seen no key yet: nothing minus nothing would be no number.
         level = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(logits * span[2] - level[:, None])
+        weights = tl.exp2(logits * scale - level[:, None])
         shrink = tl.exp2(peak - level)
         norm = norm * shrink + tl.sum(weights, 1)
         total = total * shrink[:, None]
@@ -80,18 +82,16 @@ def forward(tensors, strides, sizes, scale, PLAN: tl.constexpr):
     places = (place, documents_at(held, place, PLAN))
     last = tl.minimum(before + first + PLAN.queries, sizes.num_keys) - 1
     ranges = tensors.ranges + (batch * tl.cdiv(sizes.num_queries, PLAN.queries) + block) * 2
-    begin, end, whole, broken = key_range(before + first, last, ranges, sizes, PLAN)
+    span = key_range(before + first, last, ranges, sizes, PLAN)
 
     state = (
         zeros(PLAN.queries, PLAN.columns),
         rows * 0.0 - float("inf"),
         rows * 0.0,
     )
-    if PLAN.window and not PLAN.hides:
-        state = walk(state, query, places, held, (begin, whole, scale), PLAN, True)
     if not PLAN.hides:
-        state = walk(state, query, places, held, (whole, broken, scale), PLAN, False)
-    state = walk(state, query, places, held, (broken, end, scale), PLAN, True)
+        state = walk(state, query, places, held, span, scale, PLAN, False)
+    state = walk(state, query, places, held, span, scale, PLAN, True)
     total, peak, norm = state
 
     sees_none = norm == 0.0

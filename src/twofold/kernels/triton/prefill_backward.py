@@ -19,17 +19,18 @@ import triton.language as tl
 
 from twofold.kernels.triton.prefill import query_block
 from twofold.kernels.triton.prefill_tiles import (
-    aligned,
     documents_at,
     in_runs,
     key_range,
     keys_at,
     keys_of,
     logits_of,
+    place_at,
     query_parts,
     query_range,
     tile,
     visible,
+    walk_over,
     write,
     zeros,
 )
@@ -78,25 +79,27 @@ def prepare(tensors, strides, sizes, scales, PLAN: tl.constexpr):
 
 
 @triton.jit
-def walk_keys(state, query, places, held, span, PLAN: tl.constexpr, MASKED: tl.constexpr):
-    """Take the keys span[0] to span[1] into the three sums of dS K. ``query`` is its parts, dO, level and delta; span[2:] are the scales."""
+def walk_keys(state, query, places, held, span, scales, PLAN: tl.constexpr, MASKED: tl.constexpr):
+    """Take the keys of a span into the three sums of dS K. ``query`` is its parts, dO, level and delta."""
     rest_sum, a_sum, b_sum = state
-    for start in range(span[0], span[1], PLAN.keys):
-        first = aligned(start, PLAN.keys)
+    way = walk_over(span, MASKED, PLAN.window, True)
+    for step in range(0, way[1], PLAN.keys):
+        first = place_at(step, way, PLAN.keys, MASKED, PLAN.window, True)
         rest, a, b, value = keys_at(held, first, not MASKED, PLAN)
-        weights = tl.exp2(logits_of(query, (rest, a, b), PLAN) * span[2] - query[4][:, None])
+        weights = tl.exp2(logits_of(query, (rest, a, b), PLAN) * scales[0] - query[4][:, None])
         if MASKED:
             key_places = first + tl.arange(0, PLAN.keys)[None, :]
             documents = documents_at(held, key_places, PLAN)
             weights = tl.where(visible(places, (key_places, documents), held, PLAN), weights, 0.0)
         d_weights = tl.dot(query[3], tl.trans(value), zeros(PLAN.queries, PLAN.keys), input_precision="ieee")
-        d_logits = weights * (d_weights * span[3] - query[5][:, None])
+        d_logits = weights * (d_weights * scales[1] - query[5][:, None])
         d_logits = d_logits.to(held.key.dtype.element_ty)
+        # In this order: ptxas would carry out the products of another one by one.
+        if not PLAN.turns_all:
+            rest_sum = tl.dot(d_logits, rest, rest_sum, input_precision="ieee")
         if PLAN.turns:
             a_sum = tl.dot(d_logits, a, a_sum, input_precision="ieee")
             b_sum = tl.dot(d_logits, b, b_sum, input_precision="ieee")
-        if not PLAN.turns_all:
-            rest_sum = tl.dot(d_logits, rest, rest_sum, input_precision="ieee")
     return rest_sum, a_sum, b_sum
 
 
@@ -122,18 +125,16 @@ def query_gradient(tensors, strides, sizes, scales, PLAN: tl.constexpr):
     places = (place, documents_at(held, place, PLAN))
     last = tl.minimum(before + first + PLAN.queries, sizes.num_keys) - 1
     ranges = tensors.ranges + (batch * tl.cdiv(sizes.num_queries, PLAN.queries) + block) * 2
-    begin, end, whole, broken = key_range(before + first, last, ranges, sizes, PLAN)
+    span = key_range(before + first, last, ranges, sizes, PLAN)
 
     state = (
         zeros(PLAN.queries, PLAN.columns),
         zeros(PLAN.queries, PLAN.pair_columns),
         zeros(PLAN.queries, PLAN.pair_columns),
     )
-    if PLAN.window and not PLAN.hides:
-        state = walk_keys(state, query, places, held, (begin, whole, scales[0], scales[1]), PLAN, True)
     if not PLAN.hides:
-        state = walk_keys(state, query, places, held, (whole, broken, scales[0], scales[1]), PLAN, False)
-    state = walk_keys(state, query, places, held, (broken, end, scales[0], scales[1]), PLAN, True)
+        state = walk_keys(state, query, places, held, span, scales, PLAN, False)
+    state = walk_keys(state, query, places, held, span, scales, PLAN, True)
     write_query_gradient(state, (tensors, strides, scales[2]), (row, head, first, rows_left), PLAN)
 
 
@@ -224,15 +225,17 @@ def queries_at(read, head, first, held, WHOLE: tl.constexpr, PLAN: tl.constexpr)
 
 
 @triton.jit
-def walk_queries(state, keys, places, held, read, span, PLAN: tl.constexpr, MASKED: tl.constexpr):
-    """Take the queries span[0] to span[1] of all heads into dV and dK: one sum and the same, where a key is its value. span[2:] are the scales."""
+def walk_queries(state, keys, places, given, span, scales, PLAN: tl.constexpr, MASKED: tl.constexpr):
+    """Take the queries of a span, those of all heads, into dV and dK: one sum and the same, where a key is its value. ``given`` are keys and queries."""
     d_value, d_key = state
-    blocks = tl.cdiv(tl.maximum(span[1] - span[0], 0), PLAN.queries)
-    for index in range(blocks * held.sizes.group):
-        first = aligned(span[0] + index % blocks * PLAN.queries, PLAN.queries)
-        query, do, level, delta = queries_at(read, read.head + index // blocks, first, held, not MASKED, PLAN)
+    held, read = given
+    way = walk_over(span, MASKED, PLAN.masked_early, PLAN.masked_late)
+    length = way[1]
+    for step in range(0, length * held.sizes.group, PLAN.queries):
+        first = place_at(step % length, way, PLAN.queries, MASKED, PLAN.masked_early, PLAN.masked_late)
+        query, do, level, delta = queries_at(read, read.head + step // length, first, held, not MASKED, PLAN)
         logits = tl.dot(keys[0], tl.trans(query), zeros(PLAN.keys, PLAN.queries), input_precision="ieee")
-        weights = tl.exp2(logits * span[2] - level[None, :])
+        weights = tl.exp2(logits * scales[0] - level[None, :])
         if MASKED:
             place = held.sizes.num_keys - held.sizes.num_queries + first + tl.arange(0, PLAN.queries)
             documents = documents_at(held, place, PLAN)
@@ -240,7 +243,7 @@ def walk_queries(state, keys, places, held, read, span, PLAN: tl.constexpr, MASK
             weights = tl.where(seen, weights, 0.0)
         d_value = tl.dot(weights.to(held.key.dtype.element_ty), do, d_value, input_precision="ieee")
         d_weights = tl.dot(keys[1], tl.trans(do), zeros(PLAN.keys, PLAN.queries), input_precision="ieee")
-        d_logits = weights * (d_weights * span[3] - delta[None, :])
+        d_logits = weights * (d_weights * scales[1] - delta[None, :])
         d_logits = d_logits.to(held.key.dtype.element_ty)
         if PLAN.one_sum:
             d_value = tl.dot(d_logits, query, d_value, input_precision="ieee")
@@ -272,7 +275,7 @@ def stream_gradient(tensors, strides, sizes, scales, PLAN: tl.constexpr):
     place = (first + tl.arange(0, PLAN.keys))[:, None]
     places = (place, documents_at(held, place, PLAN))
     last = tl.minimum(first + PLAN.keys, sizes.num_keys) - 1
-    begin, end, whole, broken = query_range(first, last, tensors.ranges + (batch * blocks + block) * 2, sizes, PLAN)
+    span = query_range(first, last, tensors.ranges + (batch * blocks + block) * 2, sizes, PLAN)
     row = batch.to(tl.int64)
     numbers = row * sizes.heads * sizes.query_rows
     read = Queries(
@@ -285,12 +288,10 @@ def stream_gradient(tensors, strides, sizes, scales, PLAN: tl.constexpr):
     )
 
     state = (zeros(PLAN.keys, PLAN.columns), zeros(PLAN.keys, PLAN.columns))
-    if PLAN.whole_later:
-        state = walk_queries(state, keys, places, held, read, (begin, whole, scales[0], scales[1]), PLAN, True)
     if not PLAN.hides:
-        state = walk_queries(state, keys, places, held, read, (whole, broken, scales[0], scales[1]), PLAN, False)
-    if PLAN.broken_earlier:
-        state = walk_queries(state, keys, places, held, read, (broken, end, scales[0], scales[1]), PLAN, True)
+        state = walk_queries(state, keys, places, (held, read), span, scales, PLAN, False)
+    if PLAN.masked_early or PLAN.masked_late:
+        state = walk_queries(state, keys, places, (held, read), span, scales, PLAN, True)
     d_value = state[0] * scales[2]
     d_key = state[1] * scales[2]
     if not PLAN.one_sum:

@@ -73,12 +73,6 @@ def write(pointer, stride, rows_left, values, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def aligned(start, BLOCK: tl.constexpr):
-    """A multiple of BLOCK, said so."""
-    return tl.multiple_of(start, BLOCK)
-
-
-@triton.jit
 def in_runs(columns, RUN: tl.constexpr):
     """Columns that follow each other in runs of RUN, from multiples of RUN on, said so: a compiler reads such runs at once."""
     return tl.max_contiguous(tl.multiple_of(columns, RUN), RUN)
@@ -200,10 +194,7 @@ def visible(queries, keys, held, PLAN: tl.constexpr):
 
 @triton.jit
 def key_range(first, last, ranges, sizes, PLAN: tl.constexpr):
-    """Of the queries at places ``first`` to ``last``, inclusive: the keys [begin, end) that any of them sees, and those [whole, broken) that all see.
-
-    ``begin``, ``whole`` and ``broken`` are starts of blocks; begin <= whole <= broken.
-    """
+    """Of the queries at places ``first`` to ``last``, inclusive: the keys that any of them sees, and those that all see; see :func:`span_of`."""
     begin = 0
     end = sizes.num_keys
     whole = 0
@@ -220,7 +211,7 @@ def key_range(first, last, ranges, sizes, PLAN: tl.constexpr):
     if PLAN.segments:
         begin = tl.maximum(begin, tl.load(ranges))
         end = tl.minimum(end, tl.load(ranges + 1))
-    return blocks_of(begin, end, whole, broken, PLAN.keys, PLAN.hides)
+    return span_of(begin, end, whole, broken, PLAN.keys, PLAN.hides)
 
 
 @triton.jit
@@ -243,17 +234,60 @@ def query_range(first, last, ranges, sizes, PLAN: tl.constexpr):
     if PLAN.segments:
         begin = tl.maximum(begin, tl.load(ranges))
         end = tl.minimum(end, tl.load(ranges + 1))
-    return blocks_of(begin, end, whole, broken, PLAN.queries, PLAN.hides)
+    return span_of(begin, end, whole, broken, PLAN.queries, PLAN.hides)
+
+
+class Span(NamedTuple):
+    """Places to walk over: those of ``begin`` to ``whole`` and of ``broken`` to ``end`` with a mask, those of ``whole`` to ``broken`` without."""
+
+    begin: object
+    whole: object
+    broken: object
+    end: object
 
 
 @triton.jit
-def blocks_of(begin, end, whole, broken, BLOCK: tl.constexpr, HIDES: tl.constexpr):
-    """Ranges as starts of blocks: [begin, whole) is masked, [whole, broken) is not, [broken, end) is again."""
+def span_of(begin, end, whole, broken, BLOCK: tl.constexpr, HIDES: tl.constexpr):
+    """Places [begin, end), and among them those [whole, broken) that need no mask, none where anything may be hidden: whole tiles, to the end of the last."""
     begin = begin // BLOCK * BLOCK
+    end = begin + tl.cdiv(tl.maximum(end - begin, 0), BLOCK) * BLOCK
     if HIDES:
         whole = begin
         broken = begin
     else:
-        whole = tl.minimum(tl.maximum((whole + BLOCK - 1) // BLOCK * BLOCK, begin), tl.maximum(end, begin))
+        whole = tl.minimum(tl.maximum(tl.cdiv(whole, BLOCK) * BLOCK, begin), end)
         broken = tl.maximum(broken // BLOCK * BLOCK, whole)
-    return begin, end, whole, broken
+    return Span(begin, whole, broken, end)
+
+
+@triton.jit
+def walk_over(span, MASKED: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr):
+    """Where a walk begins, how far it goes, and what it leaves out on the way: after how many places, and how many.
+
+    EARLY and LATE: whether there can be masked tiles before and after those without a mask. Both are one walk: of three loops, ptxas would carry out
+    products one after another, and not as they come.
+    """
+    first = span.broken
+    length = span.end - span.broken
+    turn = 0
+    jump = 0
+    if not MASKED:
+        first = span.whole
+        length = span.broken - span.whole
+    elif EARLY:
+        first = span.begin
+        length = span.whole - span.begin
+        if LATE:
+            turn = length
+            jump = span.broken - span.whole
+            length += span.end - span.broken
+    return first, length, turn, jump
+
+
+@triton.jit
+def place_at(step, way, BLOCK: tl.constexpr, MASKED: tl.constexpr, EARLY: tl.constexpr, LATE: tl.constexpr):
+    """Where a tile of a walk begins, ``step`` places from the walk's beginning."""
+    place = way[0] + step
+    if MASKED and EARLY and LATE:
+        place += tl.where(step < way[2], 0, way[3])
+    return tl.multiple_of(place, BLOCK)
