@@ -62,7 +62,9 @@ PROBLEM = replace(call().problem, device="cuda")
 
 @pytest.fixture
 def runs_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H100 that is not here."""
     monkeypatch.setattr(triton_prefill, "why_not", lambda _: "")
+    monkeypatch.setattr(triton_prefill, "compute_capability", lambda: (9, 0))
 
 
 @pytest.mark.usefixtures("runs_anywhere")
@@ -94,17 +96,28 @@ def test_it_says_why_it_does_not_serve(changes: dict[str, Any], reason: str):
         ({"shares_value": False}, "two tensors"),
         ({"dtype": "float32", "key_dtype": "float32"}, "float32 exactly"),
         ({"num_queries": 31}, "fewer than 32 queries"),
+        ({}, "tuned for GPUs of compute capability 9"),
     ],
 )
-def test_auto_passes_over_it_where_it_does_not_pay(changes: dict[str, Any], reason: str):
+def test_auto_passes_over_it_where_it_does_not_pay(
+    changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+):
     assert choose(PROBLEM).name == "triton_prefill"
     problem = replace(PROBLEM, **changes)
+    if not changes:
+        monkeypatch.setattr(triton_prefill, "compute_capability", lambda: (8, 9))
     choice = choose(problem)
     assert choice.name == "sdpa"
     assert reason in choice.refused["triton_prefill"]
     assert choose(problem, "triton_prefill").name == "triton_prefill"
     with pytest.raises(TwofoldError, match="a bias"):
         choose(replace(problem, has_bias=True), "triton_prefill")
+
+
+@pytest.mark.usefixtures("runs_anywhere")
+def test_other_gpus_that_torch_calls_cuda_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert triton_prefill.supports(PROBLEM) == "it is compiled for GPUs of NVIDIA"
 
 
 @pytest.mark.skipif(IS_INTERPRETING, reason="the interpreter runs on a CPU")
@@ -338,7 +351,7 @@ def test_every_kind_compiles(head_dim: int, kind: str, dtype: torch.dtype, compi
     compile_call(head_dim, dtype, **KINDS[kind])
     for kernel in compiled.values():
         assert kernel.shared <= SHARED_BYTES[90]
-        assert kernel.spilled <= (360 if head_dim < 256 else 1000)
+        assert kernel.spilled <= (360 if head_dim < 256 and kind != "everything" else 1000)
         assert not kernel.in_turn
 
 

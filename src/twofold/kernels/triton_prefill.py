@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from twofold.errors import TwofoldError
 from twofold.kernels.inputs import Inputs, Problem, Rotation
-from twofold.kernels.triton import why_not
+from twofold.kernels.triton import compute_capability, why_not
 from twofold.kernels.triton_prefill_launch import (
     Settings,
     Streams,
@@ -32,6 +32,7 @@ from twofold.kernels.triton_prefill_launch import (
 NAME = "triton_prefill"
 DTYPES = ("bfloat16", "float16", "float32")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+TUNED_CAPABILITY = 9
 # Fewer queries than half a tile leave tensor cores idle.
 MIN_QUERIES_THAT_PAY = 32
 
@@ -40,6 +41,8 @@ def supports(problem: Problem) -> str:
     """Why a problem cannot be served; empty: it can."""
     if reason := why_not(problem.device):
         return reason
+    if torch.version.hip is not None:
+        return "it is compiled for GPUs of NVIDIA"
     has = {
         "a bias": problem.has_bias,
         "a key that all heads share": problem.key_extension_dim,
@@ -67,7 +70,18 @@ def pays(problem: Problem) -> str:
         return "keys and values are two tensors"
     if problem.dtype == "float32":
         return "tensor cores do not multiply float32 exactly"
+    if not _is_tuned_for(problem.device):
+        return "its tiles are tuned for GPUs of compute capability 9 (H100, H200)"
     return f"there are fewer than {MIN_QUERIES_THAT_PAY} queries" if problem.num_queries < MIN_QUERIES_THAT_PAY else ""
+
+
+def _is_tuned_for(device: str) -> bool:
+    """Whether a GPU is one for which tiles were looked for with care; elsewhere PyTorch's kernels may be faster."""
+    return device != "cuda" or compute_capability()[0] == TUNED_CAPABILITY
+
+
+# A compiler takes the answer as it is: what torch.compiler.assume_constant_result does, which imports the whole of it.
+_is_tuned_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(inputs: Inputs) -> Tensor:

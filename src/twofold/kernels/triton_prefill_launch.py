@@ -202,7 +202,7 @@ class _Call:
             num_queries=query.shape[2],
             query_rows=rows,
             num_keys=key.shape[2],
-            window_tokens=settings.window_tokens,
+            window_tokens=settings.window_tokens if settings.window_tokens < key.shape[2] else 0,
         )
         self.shares = streams.value is None
 
@@ -224,7 +224,7 @@ class _Call:
         plan = Plan(
             head_dim=query.shape[3],
             causal=self.settings.causal,
-            window=self.settings.window_tokens > 0,
+            window=self.sizes.window_tokens > 0,
             key_mask=self.streams.key_mask is not None,
             segments=self.streams.segments is not None,
             shares=self.shares,
