@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -14,14 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(
-        importlib.util.find_spec("scikit_build_core") is None or importlib.util.find_spec("nanobind") is None,
-        reason="needs scikit-build-core and nanobind",
-    ),
-    pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake"),
-]
+HAS_BUILDERS = all(importlib.util.find_spec(name) for name in ("scikit_build_core", "nanobind"))
+needs_builders = pytest.mark.skipif(
+    not HAS_BUILDERS or not shutil.which("cmake"), reason="needs scikit-build-core, nanobind and cmake"
+)
 
 
 def names_in_wheel(folder: Path, **environment: str) -> tuple[str, list[str]]:
@@ -33,6 +30,14 @@ def names_in_wheel(folder: Path, **environment: str) -> tuple[str, list[str]]:
     return wheel.name, zipfile.ZipFile(wheel).namelist()
 
 
+def test_there_is_a_wheel_for_each_python_that_is_supported():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    versions = [text.rpartition(" ")[2] for text in settings["project"]["classifiers"] if ":: 3." in text]
+    assert settings["tool"]["cibuildwheel"]["build"] == [f"cp{version.replace('.', '')}-*" for version in versions]
+
+
+@pytest.mark.long
+@needs_builders
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a compiler")
 def test_a_compiler_makes_the_kernels(tmp_path: Path):
     wheel, names = names_in_wheel(tmp_path)
@@ -40,6 +45,8 @@ def test_a_compiler_makes_the_kernels(tmp_path: Path):
     assert [name for name in names if name.startswith("twofold/kernels/_native.")]
 
 
+@pytest.mark.long
+@needs_builders
 def test_without_a_compiler_the_wheel_is_pure_python(tmp_path: Path):
     wheel, names = names_in_wheel(tmp_path, CXX="/bin/false")
     assert "none-any" in wheel
