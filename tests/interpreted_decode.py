@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from halving_models import gemma
 from interpreter import DEVICE, IS_INTERPRETING
 from test_benchmarks import check_rows
-from twofold import kernels
+from twofold import doctor, kernels
 from twofold.cache import TiedCache
 from twofold.cache_spec import CacheSpec
 from twofold.existing import halve
@@ -229,7 +230,7 @@ def test_a_query_without_keys_gets_zero():
     mask = torch.zeros(2, 40, dtype=torch.bool, device=DEVICE)
     mask[1, 7] = True
     inputs = Inputs(query=normal(2, 2, 2, 16), key=key, value=key, mask=Mask(causal=True, key_mask=mask), scale=1.0)
-    for sinks in (None, normal(2).float()):
+    for sinks in (None, normal(2).float(), torch.full((2,), -torch.inf, device=DEVICE)):
         output = triton_decode.attend(replace(inputs, sinks=sinks))
         assert not output[0].any()
         assert output[1].any()
@@ -266,10 +267,11 @@ def in_nan(tensor: Tensor, *, offset: int, stride: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize(("offset", "stride"), [(0, 1), (3, 1), (1, 2)])
-def test_tensors_that_lie_anyhow_are_read_within_their_bounds(offset: int, stride: int):
+@pytest.mark.parametrize(("pairs", "distance"), [(24, 40), (16, 64)])
+def test_tensors_that_lie_anyhow_are_read_within_their_bounds(pairs: int, distance: int, offset: int, stride: int):
     normal = drawn(6)
     key, query, value = normal(2, 2, 70, 80), normal(2, 6, 2, 96), normal(2, 2, 70, 40)
-    extension, rotation = normal(2, 1, 70, 16), rotation_of(70, 24, 40, torch.bfloat16, steady=False)
+    extension, rotation = normal(2, 1, 70, 16), rotation_of(70, pairs, distance, torch.bfloat16, steady=False)
     inputs = Inputs(
         query=query, key=key, value=value, key_extension=extension, key_rotation=rotation, mask=Mask(causal=True),
         scale=0.1, bias=normal(2, 6, 2, 70), sinks=normal(6), key_scale=normal(80),
@@ -284,6 +286,50 @@ def test_tensors_that_lie_anyhow_are_read_within_their_bounds(offset: int, strid
     shared = replace(inputs, value=inputs.key, key=inputs.key)
     found = triton_decode.attend(replace(shared, key=lying["key"], value=lying["key"]))
     assert torch.equal(found, triton_decode.attend(shared))
+
+
+def far_apart(tensor: Tensor, dim: int, stride: int) -> Tensor:
+    """The same numbers, ``stride`` apart along a dimension, in room of which no more is ever touched."""
+    strides = list(tensor.stride())
+    strides[dim] = stride
+    room = torch.empty(stride * (tensor.shape[dim] - 1) + tensor.numel(), dtype=tensor.dtype, device=DEVICE)
+    return room.as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def test_tensors_may_be_larger_than_32_bits_can_count():
+    normal = drawn(12)
+    inputs = Inputs(
+        query=normal(1, 4, 2, 16), key=normal(1, 2, 33, 16), value=normal(1, 2, 33, 16), mask=Mask(causal=True),
+        scale=0.2, bias=normal(1, 4, 2, 33), key_rotation=rotation_of(33, 8, 8, torch.bfloat16, steady=True),
+    )  # fmt: skip
+    wanted = triton_decode.attend(inputs)
+    for name, dim, stride in (("query", 1, 1 << 30), ("key", 2, 1 << 27), ("value", 2, 1 << 27), ("bias", 1, 1 << 30)):
+        far = replace(inputs, **{name: far_apart(getattr(inputs, name), dim, stride)})
+        assert torch.equal(triton_decode.attend(far), wanted), name
+
+
+def test_a_window_may_be_wider_than_any_text():
+    normal = drawn(13)
+    key = normal(2, 1, 70, 16)
+    inputs = Inputs(query=normal(2, 2, 3, 16), key=key, value=key, mask=Mask(causal=True), scale=0.3)
+    wanted = triton_decode.attend(inputs)
+    for window in (70, 2**31 - 1, sys.maxsize):
+        mask = Mask(causal=True, window_tokens=window)
+        assert torch.equal(triton_decode.attend(replace(inputs, mask=mask)), wanted)
+
+
+def test_steady_tables_may_lie_otherwise_than_the_others():
+    """And are read within their bounds."""
+    normal = drawn(14)
+    rotation = rotation_of(70, 8, 8, torch.bfloat16, steady=True)
+    key = normal(1, 2, 70, 16)
+    inputs = Inputs(
+        query=normal(1, 2, 1, 16), key=key, value=key, mask=Mask(causal=True), scale=0.3, key_rotation=rotation
+    )
+    assert rotation.steady is not None
+    cosine, sine = (in_nan(table, offset=3) for table in rotation.steady)
+    lying = replace(inputs, key_rotation=replace(rotation, steady=(cosine, sine)))
+    assert torch.equal(triton_decode.attend(lying), triton_decode.attend(inputs))
 
 
 @pytest.mark.parametrize("dtype", CODES)
@@ -393,7 +439,13 @@ def test_it_does_not_break_a_graph(shares: bool):
     assert not torch.equal(attend(*given_tensors[:3], given_tensors[3] - 5), attend(*given_tensors))
 
 
-# Models
+# Models, and the doctor
+
+
+@pytest.mark.parametrize("name", ["triton_decode", "triton_prefill"])
+def test_the_doctor_tries_it(name: str):
+    """In a dtype that it serves."""
+    assert "agrees with the reference in float64" in doctor._try_backend(name)
 
 
 @pytest.fixture

@@ -420,6 +420,24 @@ def test_nothing_beyond_the_tensors_is_read_or_written(monkeypatch: pytest.Monke
         assert torch.equal(whole.nan_to_num(7.0), torch.full_like(room, fill).nan_to_num(7.0))
 
 
+def test_tensors_may_be_larger_than_32_bits_can_count():
+    """Rows, heads and sequences lie far apart in room of which no more is ever touched."""
+    call = call_of(22, key_rotation=rotation_of(40))
+    wanted = results(triton_prefill.attend, call)
+    for dim, stride in ((0, 1 << 31), (1, 1 << 31), (2, 1 << 27)):
+
+        def far(x: Tensor, dim: int = dim, stride: int = stride) -> Tensor:
+            strides = [stride if index == dim else own for index, own in enumerate(x.stride())]
+            room = torch.empty(stride * (x.shape[dim] - 1) + x.numel(), dtype=x.dtype, device=DEVICE)
+            return room.as_strided(x.shape, strides).copy_(x)
+
+        query, key, gradient = far(call.inputs.query), far(call.inputs.key), far(call.gradient)
+        apart = Call(inputs=replace(call.inputs, query=query, key=key, value=key), gradient=gradient)
+        found = results(triton_prefill.attend, apart)
+        for name, tensor in wanted.items():
+            assert torch.equal(found[name], tensor), (dim, name)
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 0, 0)])
 def test_there_may_be_nothing_to_do(shape: tuple[int, int, int]):
     batch, queries, keys = shape

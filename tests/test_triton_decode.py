@@ -102,6 +102,11 @@ def rotation(rows: int = 9, pairs: int = 8, distance: int = 8) -> Rotation:
     return Rotation(cosine=torch.zeros(rows, pairs), sine=torch.zeros(rows, pairs), distance=distance)
 
 
+def steady(rows: int, pairs: int) -> Rotation:
+    tables = torch.zeros(rows, pairs), torch.zeros(rows, pairs)
+    return replace(rotation(), steady=tables)
+
+
 def ints(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int32)
 
@@ -127,6 +132,12 @@ def ints(*shape: int) -> torch.Tensor:
         ({"pages": torch.zeros(2, 3)}, "pages has the dtype torch.float32"),
         ({"key_rotation": rotation(8)}, "cosine has the shape (8, 8), and (9, 8) or (2, 1, 9, 8) is wanted"),
         ({"key_rotation": rotation(9, 8, 9)}, "8 pairs of dimensions 9 apart do not lie in a head of 16"),
+        ({"key_rotation": steady(8, 8)}, "steady cosine has the shape (8, 8), and (9, 8) or (2, 1, 9, 8) is wanted"),
+        ({"key_rotation": steady(9, 7)}, "steady cosine has the shape (9, 7)"),
+        ({"query": torch.zeros(2, 4, 10, 16, dtype=torch.bfloat16)}, "10 queries are not those of the last of 9 keys"),
+        ({"sinks": torch.zeros(4, requires_grad=True)}, "it has no gradient"),
+        ({"key_scale": torch.zeros(16, requires_grad=True)}, "it has no gradient"),
+        ({"value": torch.zeros(2, 2, 9, 16, dtype=torch.bfloat16, requires_grad=True)}, "it has no gradient"),
         ({"mask": Mask(causal=True, lengths=ints(3))}, "lengths has the shape (3,), and (2,) is wanted"),
         ({"mask": Mask(causal=True, key_mask=ints(2, 9))}, "key_mask has the dtype torch.int32"),
         ({"mask": Mask(causal=True, positions=(ints(2), ints(9)))}, "positions of queries has the shape (2,)"),

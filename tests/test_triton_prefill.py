@@ -16,6 +16,7 @@ import torch
 from interpreter import IS_INTERPRETING, run_interpreted
 from twofold.errors import TwofoldError
 from twofold.kernels import Inputs, Mask, Rotation, choose, triton_prefill, triton_prefill_launch
+from twofold.kernels import triton as kernels_triton
 from twofold.kernels.triton_prefill_plan import Plan, tiles_of
 
 triton = pytest.importorskip("triton")
@@ -114,10 +115,27 @@ def test_auto_passes_over_it_where_it_does_not_pay(
         choose(replace(problem, has_bias=True), "triton_prefill")
 
 
-@pytest.mark.usefixtures("runs_anywhere")
-def test_other_gpus_that_torch_calls_cuda_are_refused(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert triton_prefill.supports(PROBLEM) == "it is compiled for GPUs of NVIDIA"
+def test_of_several_gpus_each_has_its_own_tiles_and_refusals(monkeypatch: pytest.MonkeyPatch):
+    """Whichever was asked about first."""
+    capabilities, in_use = [(9, 0), (8, 6), (7, 5)], [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: in_use[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    kernels_triton.capability_of.cache_clear()
+    try:
+        assert [triton_prefill_launch._capability(torch.device("cuda", index)) for index in range(3)] == [9, 8, 7]
+        assert not triton_prefill.supports(PROBLEM)
+        assert not triton_prefill.pays(PROBLEM)
+        in_use[0] = 1
+        assert not triton_prefill.supports(PROBLEM)
+        assert "capability 9" in triton_prefill.pays(PROBLEM)
+        in_use[0] = 2
+        assert triton_prefill.supports(PROBLEM) == "the GPU's compute capability is 7.5, and 8.0 is the least"
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert "AMD" in triton_prefill.supports(PROBLEM)
+    finally:
+        kernels_triton.capability_of.cache_clear()
 
 
 @pytest.mark.skipif(IS_INTERPRETING, reason="the interpreter runs on a CPU")
@@ -133,6 +151,10 @@ def test_a_cpu_is_no_gpu():
 
 def rotation(rows: int = 64, pairs: int = 8, distance: int = 8) -> Rotation:
     return Rotation(cosine=torch.zeros(rows, pairs), sine=torch.zeros(rows, pairs), distance=distance)
+
+
+def learned_rotation() -> Rotation:
+    return Rotation(cosine=torch.zeros(64, 8, requires_grad=True), sine=torch.zeros(64, 8), distance=8)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> torch.Tensor:
@@ -155,6 +177,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu")
         ({"key_rotation": rotation(63)}, "(1, 63) and (1, 63) rows, but there are 64 keys"),
         ({"key_rotation": rotation(64, 8, 9)}, "8 pairs at a distance of 9 do not fit into a head of 16"),
         ({"key_rotation": rotation(64, 8, 7)}, "use n <= distance <= head_dim - n"),
+        ({"key_rotation": learned_rotation()}, "Cosines and sines have no gradient here"),
         ({"mask": Mask(causal=True, key_mask=zeros(2, 63, dtype=torch.bool))}, "key_mask has the shape (2, 63)"),
         ({"mask": Mask(causal=True, key_mask=zeros(2, 64))}, "key_mask is torch.bfloat16, but must be bool"),
         ({"mask": Mask(causal=True, segments=zeros(1, 64, dtype=torch.int64))}, "segments has the shape (1, 64)"),

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -254,15 +255,15 @@ def _try_attention() -> str:
 
 
 def _try_backend(name: str) -> str:
-    """Over a whole text, and, where that is not what a backend is for, for the next token of one."""
+    """In float32 or, where a backend has only that, in bfloat16; over a whole text, or where that is not what it is for, for the next token of one."""
     device, backend = "cuda" if torch.cuda.is_available() else "cpu", kernels.BACKENDS[name]
-    for what, num_queries in (("a text", 19), ("a token", 1)):
-        inputs = _attention_inputs(device, num_queries)
+    for dtype, (what, num_queries) in product(("float32", "bfloat16"), (("a text", 19), ("a token", 1))):
+        inputs = _attention_inputs(device, num_queries, dtype)
         if not (reason := backend.supports(inputs.problem)):
             _compare(backend.attend(inputs), inputs)
             used = f", instructions up to {kernels.native.levels()[-1]}" if name == kernels.native.NAME else ""
-            return f"agrees with the reference in float64, float32 on {device}, {what} at a time{used}"
-    raise AbsentError(f"not for float32 on {device}: {reason}")
+            return f"agrees with the reference in float64, {dtype} on {device}, {what} at a time{used}"
+    raise AbsentError(f"not on {device}: {reason}")
 
 
 def _try_gpu() -> str:
@@ -343,9 +344,9 @@ def _noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def _attention_inputs(device: str, num_queries: int = 19) -> kernels.Inputs:
+def _attention_inputs(device: str, num_queries: int = 19, dtype: str = "float32") -> kernels.Inputs:
     """A causal call with grouped heads and one tensor as key and value, of odd lengths."""
-    stream, query = _noise(2, 2, 19, 32).to(device), _noise(2, 4, num_queries, 32).to(device)
+    stream, query = (_noise(2, *size, 32).to(device, getattr(torch, dtype)) for size in ((2, 19), (4, num_queries)))
     return kernels.Inputs(query=query, key=stream, value=stream, mask=kernels.Mask(causal=True), scale=32**-0.5)
 
 
@@ -356,4 +357,4 @@ def _compare(output: torch.Tensor, inputs: kernels.Inputs) -> None:
         query=inputs.query.double().cpu(), key=stream, value=stream, mask=inputs.mask, scale=inputs.scale
     )
     error = float((output.double().cpu() - kernels.attend(exact, "reference")).abs().max())
-    _require(error < 1e-2, f"the output is wrong by {error:.2g}")
+    _require(error < max(1e-2, 8 * torch.finfo(output.dtype).eps), f"the output is wrong by {error:.2g}")

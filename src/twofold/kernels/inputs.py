@@ -222,6 +222,13 @@ class Inputs:
         return held if self.pages is None else held[self.pages].transpose(1, 2).flatten(2, 3)
 
     @property
+    def _floats(self) -> tuple[Tensor | None, ...]:
+        """All that may have a gradient."""
+        tables = () if self.key_rotation is None else (self.key_rotation.cosine, self.key_rotation.sine)
+        scales = (self.key_scale, self.key_scales, self.value_scales)
+        return (self.query, self.key, self.value, self.key_extension, self.bias, self.sinks, *scales, *tables)
+
+    @property
     def problem(self) -> Problem:
         """The same without tensors."""
         batch_key = self.key.shape
@@ -248,6 +255,7 @@ class Inputs:
             has_sinks=self.sinks is not None,
             has_bias=self.bias is not None,
             soft_cap=self.soft_cap,
-            needs_gradient=torch.is_grad_enabled() and (self.query.requires_grad or self.key.requires_grad),
+            needs_gradient=torch.is_grad_enabled()
+            and any(one is not None and one.requires_grad for one in self._floats),
             needs_weights=self.weights is not None,
         )

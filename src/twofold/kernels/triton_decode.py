@@ -107,6 +107,8 @@ def _check_others(inputs: Inputs, sizes: tuple[int, int, int, int]) -> None:
     batch, heads, num_queries, num_keys = sizes
     rows, kv_heads, row_keys, head_dim = inputs.key.shape
     mask, extension = inputs.mask, inputs.key_extension
+    if 0 < num_keys < num_queries and mask.positions is None and mask.lengths is None:
+        raise _misfit(f"{num_queries} queries are not those of the last of {num_keys} keys")
     whole = (torch.int32, torch.int64)
     if extension is not None:
         _fits("key_extension", extension, (batch, 1, num_keys, extension.shape[-1]), (inputs.query.dtype,))
@@ -135,7 +137,8 @@ def _check_rotation(rotation: Rotation, sizes: tuple[int, int, int]) -> None:
     pairs = rotation.cosine.shape[-1]
     if not pairs <= rotation.distance <= head_dim - pairs:
         raise _misfit(f"{pairs} pairs of dimensions {rotation.distance} apart do not lie in a head of {head_dim}")
-    for name, table in (("cosine", rotation.cosine), ("sine", rotation.sine)):
+    steady = () if rotation.steady is None else zip(("steady cosine", "steady sine"), rotation.steady, strict=True)
+    for name, table in (("cosine", rotation.cosine), ("sine", rotation.sine), *steady):
         wanted = (num_keys, pairs), (batch, 1, num_keys, pairs), (1, 1, num_keys, pairs)
         if tuple(table.shape) not in wanted:
             raise _misfit(f"{_shape(name, table)}, and {wanted[0]} or {wanted[1]} is wanted")

@@ -45,8 +45,8 @@ class Call:
 class Plan:
     """A compiled kernel: the call's fields, and its tiles.
 
-    A tile is ``keys`` × ``pieces`` · ``columns``; ``rows`` of queries per program; ``turn_pieces`` of ``turn_columns`` pairs each turn, taken from pieces of the tile that
-    lie ``partner`` pieces apart, or read ``again`` where the tile cannot be cut so; ``carries``: an iteration hands its tile to the next, see the kernel; ``is_whole``: the
+    A tile is ``keys`` × ``pieces`` · ``columns``; ``rows`` of queries per program; ``turn_pieces`` of ``turn_columns`` pairs each turn, whose halves are read up to the columns
+    ``first_half_end`` and ``second_half_end``, taken from pieces of the tile that lie ``partner`` pieces apart, or read ``again`` where the tile cannot be cut so; ``carries``: an iteration hands its tile to the next, see the kernel; ``is_whole``: the
     keys are not shared out. ``parts_at_a_time`` are added up; ``warps`` and ``stages`` are Triton's.
     """
 
@@ -69,7 +69,8 @@ class Plan:
     first_value: int
     turn_columns: int
     turn_pieces: int
-    turn_limit: int
+    first_half_end: int
+    second_half_end: int
     partner: int
     extension_columns: int
     again: bool
@@ -105,6 +106,7 @@ def plan_of(
     tiles = tiles_of(call, rows, shared_bytes)
     turn_pieces = -(-call.pairs // turn_columns) if call.pairs else 0
     pieces = padded(call.head_dim) // columns
+    half_end = call.pairs if again else turn_pieces * turn_columns
     parts = parts_of(units * -(-call.rows // rows), -(-num_keys // tiles.keys), multiprocessors * tiles.programs)
     plan = Plan(
         head_dim=call.head_dim,
@@ -126,7 +128,8 @@ def plan_of(
         first_value=0 if call.shares else pieces,
         turn_columns=turn_columns,
         turn_pieces=turn_pieces,
-        turn_limit=call.pairs if again else turn_pieces * turn_columns,
+        first_half_end=half_end,
+        second_half_end=min(call.distance + half_end, call.head_dim),
         partner=call.distance // columns if turn_pieces and not again else 0,
         extension_columns=padded(call.extension_dim) if call.extension_dim else 0,
         again=again,

@@ -41,8 +41,6 @@ def supports(problem: Problem) -> str:
     """Why a problem cannot be served; empty: it can."""
     if reason := why_not(problem.device):
         return reason
-    if torch.version.hip is not None:
-        return "it is compiled for GPUs of NVIDIA"
     has = {
         "a bias": problem.has_bias,
         "a key that all heads share": problem.key_extension_dim,
@@ -327,6 +325,10 @@ def _check_rotation(streams: Streams, rotation: Rotation | None) -> None:
     cosine, sine = streams.cosine, streams.sine
     if rotation is None or cosine is None or sine is None:
         return
+    if torch.is_grad_enabled() and (cosine.requires_grad or sine.requires_grad):
+        raise TwofoldError(
+            "Cosines and sines have no gradient here: use backend='reference' for tables that are learned."
+        )
     (batch, _, _, head_dim), num_keys, pairs = streams.query.shape, streams.key.shape[2], cosine.shape[-1]
     if cosine.shape != sine.shape or cosine.shape[:2] not in ((1, num_keys), (batch, num_keys)):
         raise TwofoldError(

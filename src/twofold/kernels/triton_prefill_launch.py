@@ -30,6 +30,8 @@ PREPARED_NUMBERS = 8192
 PREPARING_WARPS = 8
 # The highest power of two by which weights are held larger in the backward pass: float16 ends at 2^16.
 MAX_EXPONENT = 12
+# Offsets within a tile, of 128 rows at most, have 32 bits.
+MAX_ROW_STRIDE = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,13 +270,13 @@ class _Call:
         ranges = torch.empty(own.shape[0], blocks, 2, dtype=torch.int32, device=own.device)
         sizes = (own.shape[1], other.shape[1])
         arguments = ((own, other), ranges, segments.stride(), sizes, block, DOCUMENTS_AT_A_TIME)
-        launch(prefill.ranges_of_documents, (blocks, own.shape[0]), arguments)
+        launch(prefill.ranges_of_documents, (blocks * own.shape[0],), arguments)
         return ranges
 
 
 def _in_rows(x: Tensor) -> Tensor:
-    """The same with the dimensions of a head next to each other, as they nearly always are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The same with the dimensions of a head next to each other, and rows near enough for offsets within a tile, as they nearly always are."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < MAX_ROW_STRIDE else x.contiguous()
 
 
 def _strides(name: str, x: Tensor) -> tuple[int, ...]:
@@ -291,4 +293,4 @@ def options_of(tiles: Tiles) -> dict[str, Any]:
 
 def _capability(device: torch.device) -> int:
     """With which the compute capability begins; the interpreter does as an H100 would."""
-    return compute_capability()[0] if device.type == "cuda" else 9
+    return compute_capability(device)[0] if device.type == "cuda" else 9

@@ -48,10 +48,16 @@ for asked in (why_not, has_float8):
     asked._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
+def compute_capability(device: torch.device | None = None) -> tuple[int, int]:
+    """That of a GPU, or of the one in use."""
+    index = None if device is None else device.index
+    return capability_of(torch.cuda.current_device() if index is None else index)
+
+
 @cache
-def compute_capability() -> tuple[int, int]:
-    """That of the GPU in use."""
-    return torch.cuda.get_device_capability()
+def capability_of(index: int) -> tuple[int, int]:
+    """The same by the GPU's number."""
+    return torch.cuda.get_device_capability(index)
 
 
 @cache

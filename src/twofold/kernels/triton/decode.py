@@ -204,7 +204,8 @@ def finished(logits, extension, slots, here, rows, where, given, PLAN: tl.conste
         logits = scales.soft_cap * (1.0 - 2.0 / (1.0 + exponentials))
     if beside.bias is not None:
         bias, group, num_queries = beside.bias, sizes.group, sizes.num_queries
-        at = where[0].to(tl.int64) * bias.strides[0] + (where[1] * group + rows // num_queries) * bias.strides[1]
+        head = (where[1] * group + rows // num_queries).to(tl.int64)
+        at = where[0].to(tl.int64) * bias.strides[0] + head * bias.strides[1]
         at += (rows % num_queries).to(tl.int64) * bias.strides[2]
         at = at[None, :] + slots.to(tl.int64)[:, None] * bias.strides[3]
         inside = here[:, None] & (rows < group * num_queries)[None, :]
@@ -262,6 +263,7 @@ def with_sink(peak, norm, head, inside, sinks):
     if sinks is not None:
         sink = tl.load(sinks.pointer + head * sinks.strides[0], mask=inside, other=0.0).to(tl.float32)
         level = tl.maximum(peak, sink)
+        level = tl.where(level == float("-inf"), 0.0, level)
         factor = tl.exp2((peak - level) * LOG2E)
         norm = norm * factor + tl.exp2((sink - level) * LOG2E)
     return factor, norm

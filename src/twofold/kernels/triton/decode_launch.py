@@ -13,6 +13,8 @@ from twofold.kernels.triton_decode_plan import Call, Plan, plan_of
 
 PLANNED_TOKENS = 128
 """A cache that grows is planned for anew after so many tokens, and not with each."""
+WIDEST_WINDOW = 1 << 30
+"""So many tokens and more are all: a kernel adds a window to a place in 32 bits."""
 
 
 class Strided(NamedTuple):
@@ -97,7 +99,7 @@ def call_of(inputs: Inputs) -> Call:
         extension_dim=inputs.query.shape[3] - head_dim,
         page=0 if inputs.pages is None else inputs.key.shape[2],
         key_multiple=_multiple(inputs.key, inputs.value),
-        table_multiple=16 if rotation is None else _multiple(rotation.cosine, rotation.sine),
+        table_multiple=16 if rotation is None else _multiple(rotation.cosine, rotation.sine, *(rotation.steady or ())),
         is_compiled=not is_interpreting(),
     )
 
@@ -228,7 +230,7 @@ def _seen(inputs: Inputs) -> Seen:
         key_mask=_strided(key_mask),
         query_places=_strided(queries),
         key_places=_strided(keys),
-        window=mask.window_tokens or None,
+        window=mask.window_tokens if 0 < mask.window_tokens < WIDEST_WINDOW else None,
     )
 
 

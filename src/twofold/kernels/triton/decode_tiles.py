@@ -168,7 +168,8 @@ def token_scale(scales, slots, here, where, beside, PLAN: tl.constexpr):
 def half_of(stream, offsets, here, HALF: tl.constexpr, PIECE: tl.constexpr, PLAN: tl.constexpr):
     """Of pairs of dimensions, those of a piece: the first (HALF 0) or the second of each, [rows, columns]."""
     first: tl.constexpr = HALF * PLAN.distance + PIECE * PLAN.turn_columns
-    return columns_at(stream, offsets, here, first, PLAN.turn_columns, HALF * PLAN.distance + PLAN.turn_limit)
+    limit: tl.constexpr = PLAN.first_half_end if HALF == 0 else PLAN.second_half_end
+    return columns_at(stream, offsets, here, first, PLAN.turn_columns, limit)
 
 
 @triton.jit

@@ -111,8 +111,10 @@ def ranges_of_documents(segments, ranges, strides, sizes, BLOCK: tl.constexpr, C
 
     ``segments`` and ``strides`` are (own, other); other documents are never between where a row's documents are in order. [B, blocks, 2], int32.
     """
-    block = tl.program_id(0)
-    batch = tl.program_id(1)
+    program = tl.program_id(0)
+    blocks = tl.cdiv(sizes[0], BLOCK)
+    block = program % blocks
+    batch = program // blocks
     places = block * BLOCK + tl.arange(0, BLOCK)
     row = batch.to(tl.int64)
     there = places < sizes[0]
@@ -129,6 +131,6 @@ def ranges_of_documents(segments, ranges, strides, sizes, BLOCK: tl.constexpr, C
         inside = inside & (documents >= lowest) & (documents <= highest)
         begin = tl.minimum(begin, tl.where(inside, others, 2147483647))
         end = tl.maximum(end, tl.where(inside, others + 1, 0))
-    out = ranges + (batch * tl.num_programs(0) + block) * 2
+    out = ranges + program * 2
     tl.store(out, tl.minimum(tl.min(begin, 0), sizes[1]))
     tl.store(out + 1, tl.max(end, 0))
