@@ -48,7 +48,7 @@ def mend_interpreter() -> None:
     floats |= {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
     kept_as_bits = {tl.bfloat16: torch.uint16, tl.float8e4nv: torch.uint8, tl.float8e5: torch.uint8}
     cast, patch = InterpreterBuilder.cast_impl, interpreter._patch_lang_tensor
-    call = interpreter.InterpretedFunction.__call__
+    call, make_kernel_ready = interpreter.InterpretedFunction.__call__, interpreter._patch_lang
 
     def as_torch(handle):
         given = torch.from_numpy(np.array(handle.data))
@@ -73,13 +73,21 @@ def mend_interpreter() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def make_ready(kernel):
+        """The language as a kernel speaks it, and as its own library does, which is written in it."""
+        scope = make_kernel_ready(kernel)
+        interpreter._patch_builtin(tl.core, interpreter.interpreter_builder, scope)
+        interpreter._patch_lang_core(tl.core, scope)
+        return scope
+
     def call_from_kernel(self, *given, **named):
         """What a kernel of ours calls speaks the language that was made ready for the kernel; to make it ready once more takes longer than the call."""
-        if not self.fn.__module__.startswith("twofold."):
+        if not self.fn.__module__.startswith(("twofold.", "triton.language.")):
             return call(self, *given, **named)
         return self.rewrite()(*given, **named)
 
     interpreter.InterpretedFunction.__call__ = call_from_kernel
+    interpreter._patch_lang = make_ready
     # A third of the time goes into looks for whole numbers that are too large; a GPU does not look either.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     InterpreterBuilder.cast_impl = InterpreterBuilder.create_fp_to_fp = convert
