@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,8 @@ def test_bytes_are_measured_counted_and_explained(spec: ModelSpec, held: CacheSp
     assume(held.axis == "channel" or not extension or extension % min(held.group_size, extension) == 0)
     torch_dtype = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     model = drawn_model(spec).to(torch_dtype)
-    for way in (held, CacheSpec(), CacheSpec(max_tokens=30)):
+    codes = CacheSpec(bits=8, axis="head")
+    for way in (held, CacheSpec(), CacheSpec(max_tokens=30), codes, replace(codes, max_tokens=30)):
         cache, tokens = TiedCache(spec, way), sum(chunks)
         for part in drawn_tokens(2, tokens).split(chunks, dim=1):
             step(model, cache, part)
@@ -156,12 +158,13 @@ def test_lower_precision_decodes_near_what_it_recomputes(name: str, held: CacheS
 # Compiled steps
 
 
+@pytest.mark.parametrize("held", [CacheSpec(max_tokens=20), CacheSpec(bits=8, axis="head", max_tokens=20)])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_one_compiled_step_serves_every_token(name: str):
+def test_one_compiled_step_serves_every_token(name: str, held: CacheSpec):
     """One graph without a break, from a prefix read eagerly to the last slot, through windows that wrap around."""
     model, tokens = drawn_model(MODELS[name]), drawn_tokens(2, 20)
-    wanted = whole(model, tokens)
+    wanted = step(model, TiedCache(MODELS[name], held), tokens)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> object:
@@ -170,7 +173,7 @@ def test_one_compiled_step_serves_every_token(name: str):
 
     torch._dynamo.reset()
     compiled = torch.compile(model.forward, backend=backend, fullgraph=True)
-    cache = TiedCache(MODELS[name], CacheSpec(max_tokens=20))
+    cache = TiedCache(MODELS[name], held)
     step(model, cache, tokens[:, :8])
     for index in range(8, 20):
         found = compiled(tokens[:, index : index + 1].clone(), cache=cache).logits
@@ -206,7 +209,14 @@ def test_inductor_gives_the_same(name: str):
 
 
 @pytest.mark.parametrize(
-    "held", [CacheSpec(), CacheSpec(max_tokens=12), CacheSpec(bits=4, group_size=8, tail_tokens=2)]
+    "held",
+    [
+        CacheSpec(),
+        CacheSpec(max_tokens=12),
+        CacheSpec(bits=4, group_size=8, tail_tokens=2),
+        CacheSpec(bits=8, axis="head"),
+        CacheSpec(bits=8, axis="head", max_tokens=12),
+    ],
 )
 def test_a_saved_prefix_is_gone_on_from(held: CacheSpec, tmp_path: Path):
     model, tokens, cache = drawn_model(LLAMA), drawn_tokens(2, 12), TiedCache(LLAMA, held)
@@ -243,7 +253,15 @@ def assert_unchanged(cache: TiedCache, before: list[list[Tensor]], tokens: int) 
         assert all(torch.equal(a, b) for a, b in zip(streams, kept, strict=True))
 
 
-@pytest.mark.parametrize("held", [CacheSpec(), CacheSpec(max_tokens=6), CacheSpec(bits=8, group_size=8)])
+@pytest.mark.parametrize(
+    "held",
+    [
+        CacheSpec(),
+        CacheSpec(max_tokens=6),
+        CacheSpec(bits=8, group_size=8),
+        CacheSpec(bits=8, axis="head", max_tokens=6),
+    ],
+)
 @torch.no_grad()
 def test_what_a_cache_refuses(held: CacheSpec):
     model, tokens, cache = drawn_model(LLAMA), drawn_tokens(2, 5), TiedCache(LLAMA, held)
@@ -254,8 +272,9 @@ def test_what_a_cache_refuses(held: CacheSpec):
             step(drawn_model(other), cache, tokens)
     with pytest.raises(TwofoldError, match="one cache for one batch of one model"):
         step(model, cache, tokens[:1, :1])
-    with pytest.raises(TwofoldError, match="of dtype float64 and was given float32"):
-        step(drawn_model(LLAMA).float(), cache, tokens[:, :1])
+    if held.axis != "head":  # codes stand for floats of any dtype
+        with pytest.raises(TwofoldError, match="of dtype float64 and was given float32"):
+            step(drawn_model(LLAMA).float(), cache, tokens[:, :1])
     with pytest.raises(TwofoldError, match=r"attention_mask has the shape \(2, 1\), but must be .*\(2, 6\)"):
         model(tokens[:, :1], cache=cache, attention_mask=torch.ones(2, 1))
     if held.max_tokens:
@@ -289,8 +308,12 @@ def test_room_beyond_learned_positions_is_refused():
         ({"tail_tokens": 1.5}, "tail_tokens is 1.5"),
         ({"group_size": 0}, "group_size is 0"),
         ({"bits": 3}, "A cache of 3 bits cannot be had: use 8 or 4"),
-        ({"bits": 8, "axis": "head"}, "axis is 'head', but must be one of token, channel"),
-        ({"bits": 8, "max_tokens": 9}, "A quantized cache grows"),
+        ({"bits": 8, "axis": "row"}, "axis is 'row', but must be one of token, channel, head"),
+        ({"bits": 8, "max_tokens": 9}, "A quantized cache grows: leave max_tokens out, or bits, or say axis='head'"),
+        ({"bits": 4, "axis": "head"}, "holds codes of 8 bits, and 4 were asked for: say bits=8"),
+        ({"axis": "head"}, "holds codes of 8 bits, and 0 were asked for: say bits=8"),
+        ({"bits": 8, "axis": "head", "tail_tokens": 3}, "keeps no tail as computed: leave tail_tokens out"),
+        ({"bits": 8, "axis": "head", "group_size": 8}, "the group is the head: leave group_size out"),
     ],
 )
 def test_impossible_caches(fields: dict, told: str):

@@ -175,17 +175,26 @@ def test_every_cache_makes_the_text_that_recomputing_makes(kind: str):
     assert made.cache.tokens == 17  # the last token is not read any more
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("kind", CACHES)
+HELD = {
+    ("dynamic", 0): CacheSpec(),
+    ("static", 0): CacheSpec(max_tokens=14),
+    ("static", 8): CacheSpec(max_tokens=14, bits=8, axis="head"),
+    ("quantized", 0): CacheSpec(bits=8),
+    ("quantized", 8): CacheSpec(bits=8),
+    ("quantized", 4): CacheSpec(bits=4),
+    ("offloaded", 0): CacheSpec(),
+}
+
+
+@pytest.mark.parametrize(("kind", "bits"), HELD)
 @pytest.mark.parametrize("tie", ["(Q, K=V)", "(Q, K, V)", "V = Q - K"])
 def test_the_bytes_are_measured_and_half_of_ordinary_attention_s(tie: str, kind: str, bits: int):
-    spec = TINY.with_changes(tie=tie)
+    spec, held = TINY.with_changes(tie=tie), HELD[kind, bits]
     made = generate(model_of(spec), ByteCodec(), "hello", max_new_tokens=9, cache=kind, bits=bits)
-    held = {"static": CacheSpec(max_tokens=14), "quantized": CacheSpec(bits=bits, group_size=32)}.get(kind, CacheSpec())
     assert made.cache.nbytes == cache_bytes(spec, 13, "fp32", 1, held)
     assert made.cache.reference_bytes == cache_bytes(TINY.with_changes(tie="(Q, K, V)"), 13, "fp32", 1, held)
     assert made.cache.reference_bytes == made.cache.nbytes * (2 if tie == "(Q, K=V)" else 1)
-    assert made.cache.bits == (bits if kind == "quantized" else 0)
+    assert made.cache.bits == held.bits
 
 
 @pytest.mark.parametrize(
@@ -271,7 +280,13 @@ def test_a_text_ends_where_the_positions_do(kind: str):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"prompt": ""}, {"max_new_tokens": 0}, {"cache": "elastic"}, {"cache": "quantized", "bits": 3}],
+    [
+        {"prompt": ""},
+        {"max_new_tokens": 0},
+        {"cache": "elastic"},
+        {"cache": "quantized", "bits": 3},
+        {"cache": "static", "bits": 4},
+    ],
 )
 def test_what_cannot_be_made_is_refused(wrong: dict[str, Any]):
     with pytest.raises(TwofoldError):
@@ -308,6 +323,9 @@ def test_json_is_one_object(folder: Path):
     assert (made["prompt"], made["new_tokens"], made["tie"]) == ("hello", 5, "(Q, K=V)")
     assert made["cache"]["bits"] == 4
     assert made["cache"]["nbytes"] * 2 == made["cache"]["reference_bytes"]
+    coded = told(folder, "--prompt", "hello", "--max-new-tokens", 5, "--cache", "static", "--bits", 8)["cache"]
+    assert (coded["kind"], coded["bits"]) == ("static", 8)
+    assert coded["nbytes"] == cache_bytes(TINY, 9, "fp32", 1, CacheSpec(max_tokens=10, bits=8, axis="head"))
 
 
 def test_a_prompt_comes_from_anywhere(folder: Path, tmp_path: Path):
@@ -453,6 +471,7 @@ def test_mistakes_are_sentences(folder: Path, tmp_path: Path):
         ([folder, "--prompt", "na\udcefve"], "from the command line is not UTF-8 text (byte 2)"),
         ([folder, *prompt, "--greedy", "--top-k", 5], "--top-k has no effect"),
         ([folder, *prompt, "--bits", 4], "leave --bits out"),
+        ([folder, *prompt, "--cache", "static", "--bits", 4], "holds codes of 8 bits, and 4 were asked for"),
         ([folder, *prompt, "--temperature", 0], "temperature is 0.0"),
         ([folder, *prompt, "--top-p", 2], "top_p is 2.0"),
         ([folder, *prompt, "--cache", "elastic"], "elastic"),

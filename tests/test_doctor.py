@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,18 @@ def test_a_wrong_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "BACKENDS", {**kernels.BACKENDS, "sdpa": wrong})
     with pytest.raises(ArithmeticError, match="wrong by"):
         doctor._try_backend("sdpa")
-    assert "reference" in doctor._try_backend("reference")
+    assert "codes of 8 bits too" in doctor._try_backend("reference")
+
+
+def test_a_kernel_that_reads_codes_as_floats_is_found_out(monkeypatch: pytest.MonkeyPatch):
+    right = kernels.BACKENDS["sdpa"]
+    wrong = kernels.Backend(
+        attend=lambda inputs: right.attend(replace(inputs, key_scales=None, value_scales=None)),
+        supports=right.supports,
+    )
+    monkeypatch.setattr(kernels, "BACKENDS", {**kernels.BACKENDS, "sdpa": wrong})
+    with pytest.raises(ArithmeticError, match="wrong by"):
+        doctor._try_backend("sdpa")
 
 
 def test_a_backend_that_does_not_serve_says_why(monkeypatch: pytest.MonkeyPatch):

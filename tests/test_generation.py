@@ -259,6 +259,7 @@ def test_mistakes():
         ({"backend": "hqq"}, "The quantizer 'hqq' holds keys and values apart"),
         ({"bits": 8}, "has no option 'bits': its options are backend, nbits"),
         ({"nbits": 3}, "A cache of 3 bits cannot be had: use 8 or 4"),
+        ({"axis": "head", "residual_length": 9}, "keeps no tail as computed"),
         ({"q_group_size": 3}, "8 floats of a head do not split into groups of 3"),
     ):
         with pytest.raises(TwofoldError, match=told):

@@ -142,6 +142,26 @@ def test_the_plain_one_reads_pages_codes_and_ragged_texts(given_inputs: Inputs):
     torch.testing.assert_close(found, one_by_one(given_inputs), rtol=1e-10, atol=1e-10)
 
 
+def test_small_scales_are_no_worse_in_half_precision():
+    """float16 has no scale of 1e-6 with more than a digit."""
+    key = torch.randint(-127, 128, (1, 2, 9, 8), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    scales = torch.full((1, 2, 9, 1), 1e-6)
+    query = torch.ones(1, 2, 1, 8, dtype=torch.float16)
+    made = Inputs(query=query, key=key, value=key, key_scales=scales, mask=Mask(causal=True), scale=1.0).plain.key
+    torch.testing.assert_close(made.double(), key.double() * 1e-6, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "folded"])
+@given(given_inputs=held())
+@settings(max_examples=100)
+def test_backends_of_pytorch_make_floats_of_codes(name: str, given_inputs: Inputs):
+    known = replace(given_inputs.plain, soft_cap=0.0, sinks=None)
+    plain = replace(given_inputs, soft_cap=0.0, sinks=None)
+    if plain.pages is None:
+        wanted = kernels.attend(known, "reference")
+        torch.testing.assert_close(kernels.attend(plain, name), wanted, rtol=1e-11, atol=1e-11)
+
+
 def test_backends_of_pytorch_refuse_what_they_do_not_know():
     key = torch.ones(1, 1, 4, 8)
     inputs = Inputs(query=key[:, :, :1], key=key, value=key, mask=Mask(causal=True), scale=1.0, soft_cap=3.0)

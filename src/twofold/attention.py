@@ -2,7 +2,8 @@
 
 A layer has a weight for each free projection of its tie and none for the roles that follow from them. K and V reach the cache and the kernel as
 *streams*: one tensor [B, G, T, D] where V = cK, two elsewhere, and the shared rotary key [B, 1, T, d_r] of layers that have one. Where one
-stream serves as key and value, keys are normalised and turned when they are read; elsewhere K is cached ready to use.
+stream serves as key and value, keys are normalised and turned when they are read; elsewhere K is cached ready to use. A cache may give a stream as
+codes, which reach the kernel as codes, unless the key must be changed before.
 
 Shapes: B batch, T new tokens, S keys, C hidden_size, H query heads, G KV heads, D head_dim, d_r length of the shared rotary key.
 """
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
 from twofold.kernels import Inputs, Mask, Problem, Rotation, attend, check_name
+from twofold.kernels.codes import Held, floats_of, numbers_of, scales_of
 from twofold.rotations import Positions, Span, indices, rotation_at, rows
 from twofold.spec import AttentionSpec
 from twofold.tie import ROLES
@@ -39,7 +41,7 @@ class StreamCache(Protocol):
     def max_tokens(self) -> int:
         """The most tokens that there will ever be; 0: not known."""
 
-    def update(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def update(self, streams: tuple[Tensor, ...]) -> tuple[Held, ...]:
         """Append the streams of T tokens; streams of S keys, among which are all that the new tokens may see."""
 
     def key_positions(self, num_keys: int) -> Positions:
@@ -116,18 +118,21 @@ class Attention(nn.Module):
         self._check(hidden_states, segments, cache)
         queries = keys = _positions_of(hidden_states, cache)
         _check_mask(key_mask, hidden_states.shape[0], queries, cache)
-        query, streams = self._project(hidden_states, queries, cache)
+        query, new = self._project(hidden_states, queries, cache)
+        streams: tuple[Held, ...] = new
         if cache is not None:
-            streams = cache.update(streams)
+            streams = cache.update(new)
             keys = cache.key_positions(streams[0].shape[2])
         key, value, rotation = self._read(streams, keys, cache)
-        extension = streams[-1] if spec.positions.key_extension_dim else None
+        extension = floats_of(streams[-1]) if spec.positions.key_extension_dim else None
         lengths, positions = _places(queries, keys, query)
         output = attend(
             Inputs(
                 query=query,
-                key=key,
-                value=value,
+                key=numbers_of(key),
+                value=numbers_of(value),
+                key_scales=scales_of(key),
+                value_scales=scales_of(value),
                 key_extension=extension,
                 key_rotation=rotation,
                 bias=self._bias(query, queries, keys),
@@ -180,18 +185,19 @@ class Attention(nn.Module):
         return made["Q"], made["K"], made.get("V")
 
     def _read(
-        self, streams: tuple[Tensor, ...], keys: Positions, cache: StreamCache | None
-    ) -> tuple[Tensor, Tensor, Rotation | None]:
+        self, streams: tuple[Held, ...], keys: Positions, cache: StreamCache | None
+    ) -> tuple[Held, Held, Rotation | None]:
         """K and V [B, G, S, D] from what the cache gives, and the rotation that the kernel must apply to K."""
         stream, positions = streams[0], self.spec.positions
         if self.spec.tie.value_over_key is None:
             return stream, streams[1], None
         if positions.turns_stream:
             return stream, stream, None
-        key = self.k_norm(stream) if self.spec.qk_norm else stream
-        if self.spec.query_dim < self.spec.head_dim:
-            key = key[..., : self.spec.query_dim]
-        return key, stream, self._rotation(keys, stream, cache)
+        if not _reads_one_tensor(self.spec):
+            stream = floats_of(stream)
+            key = self.k_norm(stream) if self.spec.qk_norm else stream
+            return key[..., : self.spec.query_dim], stream, self._rotation(keys, stream, cache)
+        return stream, stream, self._rotation(keys, stream, cache)
 
     def _finish(self, output: Tensor, queries: Positions, cache: StreamCache | None) -> Tensor:
         """[B, H, T, D] -> [B, T, H·D]: turned back if the stream was turned, and times c where V = cK."""
@@ -219,7 +225,7 @@ class Attention(nn.Module):
             bias = per_key if bias is None else bias * self.plus_weight.sum() + per_key
         return bias
 
-    def _rotation(self, positions: Positions, like: Tensor, cache: StreamCache | None) -> Rotation | None:
+    def _rotation(self, positions: Positions, like: Held, cache: StreamCache | None) -> Rotation | None:
         """The turning of queries and keys at these positions."""
         head_dim = self.spec.head_dim
         angles = partial(self.spec.positions.angles, head_dim=head_dim)
@@ -253,15 +259,21 @@ class Attention(nn.Module):
         return f"{spec.tie}, heads={spec.num_attention_heads}, kv_heads={spec.num_key_value_heads}, head_dim={spec.head_dim}"
 
 
-def problem_of(spec: AttentionSpec, *, device: str, dtype: str, num_queries: int, num_keys: int) -> Problem:
-    """The problem that a layer poses to a kernel, without tensors: ``choose(problem)`` says which backend would serve it."""
+def problem_of(
+    spec: AttentionSpec, *, device: str, dtype: str, num_queries: int, num_keys: int, codes: bool = False
+) -> Problem:
+    """The problem that a layer poses to a kernel, without tensors: ``choose(problem)`` says which backend would serve it.
+
+    ``codes``: its cache gives streams as codes.
+    """
     shares_stream = spec.tie.value_over_key is not None
+    reads_codes = codes and (not shares_stream or _reads_one_tensor(spec))
     turned = spec.positions.angles(torch.zeros(1), head_dim=spec.head_dim)
     turns_on_reading = turned is not None and shares_stream and not spec.positions.turns_stream
     return Problem(
         device=device,
         dtype=dtype,
-        key_dtype=dtype,
+        key_dtype="int8" if reads_codes else dtype,
         num_attention_heads=spec.num_attention_heads,
         num_key_value_heads=spec.num_key_value_heads,
         head_dim=spec.query_dim,
@@ -271,11 +283,15 @@ def problem_of(spec: AttentionSpec, *, device: str, dtype: str, num_queries: int
         key_extension_dim=spec.positions.key_extension_dim,
         rotated_dims=2 * turned[0].shape[-1] if turned is not None and turns_on_reading else 0,
         window_tokens=spec.window_tokens,
-        shares_value=shares_stream
-        and spec.query_dim == spec.head_dim
-        and not (spec.qk_norm and not spec.positions.turns_stream),
+        shares_value=shares_stream and _reads_one_tensor(spec),
+        has_scales=reads_codes,
         has_bias=bool(spec.positions.num_bias_buckets) or spec.tie.plus,
     )
+
+
+def _reads_one_tensor(spec: AttentionSpec) -> bool:
+    """Whether a stream that serves as key and value is both as it is held: nothing is done to the key before the kernel has it."""
+    return spec.query_dim == spec.head_dim and not (spec.qk_norm and not spec.positions.turns_stream)
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from twofold.errors import TwofoldError
 
-Axis = Literal["token", "channel"]
+Axis = Literal["token", "channel", "head"]
 BITS = (4, 8)
 
 
@@ -18,7 +18,8 @@ class CacheSpec:
     ``max_tokens`` N > 0: room for N tokens is taken at once and never moves; 0: it grows. ``bits``: 8 or 4 per float instead of the model's
     dtype; 0: as computed. Then ``axis`` says what shares a scale and a zero point: ``group_size`` floats of one token ("token"; a head
     with fewer floats is one group), or one channel of ``group_size`` successive tokens ("channel"); and the last ``tail_tokens`` stay as computed.
-    ``offload``: the streams wait in main memory while other layers compute.
+    Or all floats of a token's head share a scale alone ("head", with 8 bits, no tail and no ``group_size``): then kernels read the codes as they are
+    held, growing or pre-allocated, where all others are made floats at every step. ``offload``: the streams wait in main memory while other layers compute.
 
     A layer with a window is never quantized: it is short, and what is old in it is forgotten anyway.
     """
@@ -41,12 +42,30 @@ class CacheSpec:
             )
         if self.axis not in get_args(Axis):
             raise TwofoldError(f"A cache's axis is {self.axis!r}, but must be one of {', '.join(get_args(Axis))}.")
-        if self.bits and self.max_tokens:
-            raise TwofoldError("A quantized cache grows: leave max_tokens out, or bits.")
+        if self.axis == "head":
+            self._check_codes()
+        elif self.bits and self.max_tokens:
+            raise TwofoldError("A quantized cache grows: leave max_tokens out, or bits, or say axis='head'.")
+
+    def _check_codes(self) -> None:
+        if self.bits != 8:
+            raise TwofoldError(
+                f"A cache with axis='head' holds codes of 8 bits, and {self.bits} were asked for: say bits=8, or another axis."
+            )
+        if self.tail_tokens:
+            raise TwofoldError(
+                "Kernels read codes alone, so a cache with axis='head' keeps no tail as computed: leave tail_tokens out."
+            )
+        if self.group_size != CacheSpec.group_size:
+            raise TwofoldError("With axis='head' the group is the head: leave group_size out.")
 
     def quantizes(self, window_tokens: int) -> bool:
         """Whether a layer with this window (0: none) is quantized."""
         return bool(self.bits) and not window_tokens
+
+    def holds_codes(self, window_tokens: int) -> bool:
+        """Whether kernels read such a layer's codes as they are held."""
+        return self.axis == "head" and self.quantizes(window_tokens)
 
     def group(self, dim: int) -> int:
         """Floats of a token that share a scale, of ``dim``. Raises TwofoldError where ``dim`` does not split into such groups and whole bytes."""
@@ -60,7 +79,7 @@ class CacheSpec:
     def quantized_tokens(self, tokens: int) -> int:
         """How many of ``tokens`` are quantized: all but the tail, in whole groups where the groups are of tokens."""
         old = max(0, tokens - self.tail_tokens)
-        return old if self.axis == "token" else old - old % self.group_size
+        return old - old % self.group_size if self.axis == "channel" else old
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``CacheSpec(**fields)`` gives the same back."""

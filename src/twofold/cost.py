@@ -149,7 +149,8 @@ def cache_bytes(
     """Bytes of the cache of ``batch`` sequences of ``tokens`` each, held as ``cache`` says (for every layer, or one for each).
 
     A layer with a window keeps no more tokens than it may see; one with pre-allocated room takes all of it at once. Quantized, a token of a
-    head costs D · bits / 8 bytes, and a scale and a zero point of the dtype for each group. Raises TwofoldError for what cannot be held.
+    head costs D · bits / 8 bytes, and a scale and a zero point of the dtype for each group; with one scale for a head it is of float32, and there
+    is no zero point. Raises TwofoldError for what cannot be held.
     """
     if tokens < 0 or batch < 1:
         raise TwofoldError(f"A cache holds 0 or more tokens of at least 1 sequence, not {tokens} of {batch}.")
@@ -162,15 +163,27 @@ def _layer_bytes(spec: AttentionSpec, tokens: int, width: int, cache: CacheSpec)
     if cache.max_tokens and tokens > cache.max_tokens:
         raise TwofoldError(f"A cache with room for {cache.max_tokens} tokens cannot hold {tokens}.")
     kept = _visible(spec, cache.max_tokens or tokens)
-    if not cache.quantizes(spec.window_tokens):
-        return kept * cached_floats_per_layer(spec) * width
     old = cache.quantized_tokens(kept)
-    quantized = sum(heads * quantized_bytes(dim, old, width, cache) for heads, dim in cached_streams(spec))
-    return quantized + (kept - old) * cached_floats_per_layer(spec) * width
+    saved = sum(
+        heads * (old * dim * width - quantized_bytes(dim, old, width, cache))
+        for heads, dim in quantized_streams(spec, cache)
+    )
+    return kept * cached_floats_per_layer(spec) * width - saved
+
+
+def quantized_streams(spec: AttentionSpec, cache: CacheSpec) -> list[tuple[int, int]]:
+    """Those of :func:`cached_streams` that are held in few bits: none of a window, and a shared rotary key is never codes that kernels read."""
+    if not cache.quantizes(spec.window_tokens):
+        return []
+    streams = cached_streams(spec)
+    is_whole = cache.axis == "head" and spec.positions.key_extension_dim
+    return streams[:-1] if is_whole else streams
 
 
 def quantized_bytes(dim: int, tokens: int, width: int, cache: CacheSpec) -> int:
-    """Codes of one head, and a scale and a zero point of each group."""
+    """Codes of one head, and a scale and a zero point of each group; a scale in float32 where the group is the head."""
+    if cache.axis == "head":
+        return tokens * (dim + DTYPE_BYTES["fp32"])
     group = cache.group(dim)
     groups = tokens * (dim // group) if cache.axis == "token" else tokens // cache.group_size * dim
     return tokens * dim * cache.bits // 8 + 2 * groups * width

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -261,8 +261,12 @@ def _try_backend(name: str) -> str:
         inputs = _attention_inputs(device, num_queries, dtype)
         if not (reason := backend.supports(inputs.problem)):
             _compare(backend.attend(inputs), inputs)
+            coded = _of_codes(inputs)
+            if is_for_codes := not backend.supports(coded.problem):
+                _compare(backend.attend(coded), coded)
+            codes = ", codes of 8 bits too" * is_for_codes
             used = f", instructions up to {kernels.native.levels()[-1]}" if name == kernels.native.NAME else ""
-            return f"agrees with the reference in float64, {dtype} on {device}, {what} at a time{used}"
+            return f"agrees with the reference in float64, {dtype} on {device}, {what} at a time{codes}{used}"
     raise AbsentError(f"not on {device}: {reason}")
 
 
@@ -350,9 +354,15 @@ def _attention_inputs(device: str, num_queries: int = 19, dtype: str = "float32"
     return kernels.Inputs(query=query, key=stream, value=stream, mask=kernels.Mask(causal=True), scale=32**-0.5)
 
 
+def _of_codes(inputs: kernels.Inputs) -> kernels.Inputs:
+    """The same call, its stream held as codes of 8 bits."""
+    codes, scales = kernels.codes.encoded(inputs.key)
+    return replace(inputs, key=codes, value=codes, key_scales=scales, value_scales=scales)
+
+
 def _compare(output: torch.Tensor, inputs: kernels.Inputs) -> None:
     """Raise where an output is not what the readable reference gives in float64."""
-    stream = inputs.key.double().cpu()
+    stream = inputs.plain.key.double().cpu()
     exact = kernels.Inputs(
         query=inputs.query.double().cpu(), key=stream, value=stream, mask=inputs.mask, scale=inputs.scale
     )

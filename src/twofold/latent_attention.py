@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from twofold.attention import Attention, StreamCache, problem_of
 from twofold.kernels import Problem, Rotation
+from twofold.kernels.codes import Held, floats_of
 from twofold.rotations import Positions
 from twofold.spec import AttentionSpec
 
@@ -107,8 +108,8 @@ class LatentAttention(Attention):
         return query, streams
 
     def _read(
-        self, streams: tuple[Tensor, ...], keys: Positions, cache: StreamCache | None
-    ) -> tuple[Tensor, Tensor, Rotation | None]:
+        self, streams: tuple[Held, ...], keys: Positions, cache: StreamCache | None
+    ) -> tuple[Held, Held, Rotation | None]:
         """K and V [B, H, S, D]; where they are absorbed, the latent [B, 1, S, L] as both."""
         if cache is None or isinstance(cache, _Expanded):
             return super()._read(streams, keys, cache)
@@ -141,7 +142,7 @@ class _Expanded:
         return self.cache.max_tokens
 
     def update(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        latent, *others = self.cache.update(streams)
+        latent, *others = map(floats_of, self.cache.update(streams))
         return (*self.expand(latent), *others)
 
     def key_positions(self, num_keys: int) -> Positions:
@@ -151,9 +152,9 @@ class _Expanded:
         return self.cache.remember(name, make)
 
 
-def decoding_problem(spec: AttentionSpec, *, device: str, dtype: str, num_keys: int) -> Problem:
+def decoding_problem(spec: AttentionSpec, *, device: str, dtype: str, num_keys: int, codes: bool = False) -> Problem:
     """What a layer poses to a kernel for one token after others, without tensors; see :func:`~twofold.attention.problem_of`."""
-    problem = problem_of(spec, device=device, dtype=dtype, num_queries=1, num_keys=num_keys)
+    problem = problem_of(spec, device=device, dtype=dtype, num_queries=1, num_keys=num_keys, codes=codes)
     if not spec.latent_dim:
         return problem
     return replace(problem, num_key_value_heads=1, head_dim=spec.latent_dim, shares_value=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from twofold.kernels import Rotation
+from twofold.kernels.codes import Held
 
 Angles = Callable[[Tensor], tuple[Tensor, int] | None]
 
@@ -32,7 +33,7 @@ _TABLES: dict[object, Rotation | None] = {}
 _MAX_TABLES = 32
 
 
-def rotation_at(scheme: object, angles: Angles, positions: Span, like: Tensor) -> Rotation | None:
+def rotation_at(scheme: object, angles: Angles, positions: Span, like: Held) -> Rotation | None:
     """The rotation at successive positions, in the dtype and on the device of ``like``; None where nothing turns."""
     if torch.compiler.is_compiling():
         # The compiler folds what does not change, and must not be shown a dictionary that does.
@@ -66,7 +67,7 @@ def indices(positions: Positions, device: torch.device) -> Tensor:
     return torch.arange(positions.start, positions.stop, device=device)
 
 
-def _table(angles: Angles, positions: Span, like: Tensor) -> Rotation | None:
+def _table(angles: Angles, positions: Span, like: Held) -> Rotation | None:
     found = angles(indices(positions, like.device))
     if found is None:
         return None

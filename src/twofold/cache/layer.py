@@ -1,8 +1,9 @@
 """One layer of a cache: the streams of its tie, whatever Transformers does to them done to every stream once.
 
 A layer's K and V are linear in a few *streams*: one tensor [B, G, S, D] for a tie of cached rank 1, two for rank 2, and beside them the
-shared rotary key [B, 1, S, d_r] of layers that have one. :class:`StreamLayer` is what all kinds of layer share; :class:`TiedLayer` grows token by
-token.
+shared rotary key [B, 1, S, d_r] of layers that have one. A stream that is held as codes of 8 bits is two tensors, codes [B, G, S, D] and scales
+[B, G, S, 1], and whatever is done to streams is done to both. :class:`StreamLayer` is what all kinds of layer share; :class:`TiedLayer` grows
+token by token.
 
 Shapes: B batch, G KV heads, T new tokens, S tokens held, D head_dim, d_r length of the shared rotary key.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from twofold.errors import TwofoldError
+from twofold.kernels.codes import Codes, Held, encoded
 from twofold.rotations import Positions, Span
 
 LAYER_TYPE = "twofold_tied"
@@ -27,14 +29,16 @@ LAYER_TYPE = "twofold_tied"
 class StreamLayer(CacheLayerMixin):
     """What every kind of layer shares; a kind says what it holds, and how tokens come and go.
 
-    ``window_tokens`` w > 0: queries see the last w tokens; 0: all. ``tensors`` is all that the layer holds, each with the batch first.
+    ``window_tokens`` w > 0: queries see the last w tokens; 0: all. ``num_coded``: how many streams, the first ones, :meth:`update` turns into codes.
+    ``tensors`` is all that the layer holds, each with the batch first.
     """
 
     supports_early_init = False
 
-    def __init__(self, window_tokens: int = 0, **options: Any) -> None:
+    def __init__(self, window_tokens: int = 0, num_coded: int = 0, **options: Any) -> None:
         super().__init__(**options)
         self.window_tokens = window_tokens
+        self.num_coded = num_coded
 
     # What a kind of layer says.
 
@@ -87,10 +91,16 @@ class StreamLayer(CacheLayerMixin):
 
     # What attention and Transformers call.
 
-    def update(self, key_states: Tensor, value_states: Any = (), *_: Any, **__: Any) -> tuple[Tensor, Any]:
-        """:meth:`append` under Transformers' name and in its shape: the first stream, and a tuple of the others."""
-        first, *others = self.append((key_states, *value_states))
-        return first, tuple(others)
+    def update(self, key_states: Tensor, value_states: Any = (), *_: Any, **__: Any) -> tuple[Held, Any]:
+        """:meth:`append` under Transformers' name and in its shape: the first stream, and a tuple of the others.
+
+        Those that are held as codes are read as codes, the new tokens' own too: decoding token by token is then what one pass over all is.
+        """
+        streams, count = (key_states, *value_states), self.num_coded
+        held = self.append((*(part for stream in streams[:count] for part in encoded(stream)), *streams[count:]))
+        codes = [Codes(codes=held[i], scales=held[i + 1], dtype=key_states.dtype) for i in range(0, 2 * count, 2)]
+        read: tuple[Held, ...] = (*codes, *held[2 * count :])
+        return read[0], read[1:]
 
     @property
     def keys(self) -> Tensor | None:
@@ -207,8 +217,8 @@ class TiedLayer(StreamLayer):
 
     _layer_type = LAYER_TYPE
 
-    def __init__(self, window_tokens: int = 0, **options: Any) -> None:
-        super().__init__(window_tokens, **options)
+    def __init__(self, window_tokens: int = 0, num_coded: int = 0, **options: Any) -> None:
+        super().__init__(window_tokens, num_coded, **options)
         self.streams: tuple[Tensor, ...] = ()
         self.tokens_seen: int = 0
         self.record_past = False
@@ -305,10 +315,11 @@ def check_like(held: Sequence[Tensor], new: Sequence[Tensor]) -> None:
             f"The cache holds streams of shape {shapes[0]} (batch, KV heads, head_dim) and was given {shapes[1]}: use one cache for one batch of one model."
         )
     for name in ("dtype", "device"):
-        kinds = [str(getattr(streams[0], name)).removeprefix("torch.") for streams in (held, new)]
+        kinds = [[str(getattr(stream, name)).removeprefix("torch.") for stream in streams] for streams in (held, new)]
         if kinds[0] != kinds[1]:
+            ours, theirs = (" and ".join(dict.fromkeys(kind)) for kind in kinds)
             raise TwofoldError(
-                f"The cache holds streams of {name} {kinds[0]} and was given {kinds[1]}: use one cache for one model as it is."
+                f"The cache holds streams of {name} {ours} and was given {theirs}: use one cache for one model as it is."
             )
 
 

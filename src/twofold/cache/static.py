@@ -23,8 +23,8 @@ class StaticTiedLayer(StreamLayer):
     _layer_type = "twofold_tied_static"
     is_compileable = True
 
-    def __init__(self, max_tokens: int, window_tokens: int = 0, **options: Any) -> None:
-        super().__init__(window_tokens, **options)
+    def __init__(self, max_tokens: int, window_tokens: int = 0, num_coded: int = 0, **options: Any) -> None:
+        super().__init__(window_tokens, num_coded, **options)
         self.max_tokens = max_tokens
         self.num_slots = min(max_tokens, window_tokens) if window_tokens else max_tokens
         self.streams: tuple[Tensor, ...] = ()

@@ -12,6 +12,7 @@ from twofold.cache.layer import StreamLayer, TiedLayer, storage_bytes
 from twofold.cache.quantized import QuantizedTiedLayer
 from twofold.cache.static import StaticTiedLayer
 from twofold.cache_spec import CacheSpec, specs_of_layers
+from twofold.cost import quantized_streams
 from twofold.errors import TwofoldError
 from twofold.spec import AttentionSpec, ModelSpec
 
@@ -73,12 +74,13 @@ class TiedCache(DynamicCache):
 
 
 def _layer(attention: AttentionSpec, cache: CacheSpec) -> StreamLayer:
+    num_coded = len(quantized_streams(attention, cache)) if cache.axis == "head" else 0
     if cache.max_tokens:
         _check_positions(attention, cache.max_tokens)
-        return StaticTiedLayer(cache.max_tokens, attention.window_tokens)
-    if cache.quantizes(attention.window_tokens):
+        return StaticTiedLayer(cache.max_tokens, attention.window_tokens, num_coded)
+    if cache.quantizes(attention.window_tokens) and not num_coded:
         return QuantizedTiedLayer(cache)
-    return TiedLayer(attention.window_tokens)
+    return TiedLayer(attention.window_tokens, num_coded)
 
 
 def _check_positions(attention: AttentionSpec, max_tokens: int) -> None:

@@ -11,13 +11,14 @@ from transformers.cache_utils import Cache
 from twofold.cache.layer import StreamLayer
 from twofold.cache.static import StaticTiedLayer
 from twofold.errors import TwofoldError
+from twofold.kernels.codes import Held
 from twofold.rotations import Positions
 
 Made = TypeVar("Made")
 
 
 class LayerView:
-    """``update(streams) -> streams``, and where the queries and keys of that update stand."""
+    """``update(streams) -> streams``, some of them as codes, and where the queries and keys of that update stand."""
 
     def __init__(self, cache: Cache, layer_index: int) -> None:
         if layer_index >= len(cache.layers) or not isinstance(cache.layers[layer_index], StreamLayer):
@@ -33,8 +34,8 @@ class LayerView:
         """Tokens before those that the next update brings: the position of its first token. A tensor where looking would wait for the device."""
         return self.layer.next_position
 
-    def update(self, streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Append the new tokens' streams [B, G, T, D]; all that they may see, [B, G, S, D]."""
+    def update(self, streams: tuple[Tensor, ...]) -> tuple[Held, ...]:
+        """Append the new tokens' streams [B, G, T, D]; all that they may see, [B, G, S, D], as floats or as codes."""
         # Through the cache and not straight to the layer: offloading happens there.
         first, others = self.cache.update(streams[0], streams[1:], self.layer_index)
         return (first, *others)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
+from twofold.cache_spec import CacheSpec
 from twofold.cli.examples import Example
 from twofold.cli.groups import grouped
 from twofold.cli.output import Json, show, show_json
@@ -118,9 +120,11 @@ def _backend(explanation: Explanation, model: ModelSpec, *, tokens: int, dtype: 
     tie = TiePattern.parse(explanation.pattern).ties[0]
     layer = model.with_changes(tie=tie.without_plus if model.causal else tie).attention(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    problem = latent_attention.decoding_problem(layer, device=device, dtype=TORCH_DTYPES[dtype], num_keys=tokens)
-    choice = kernels.choose(problem)
-    return {"name": choice.name, "why": choice.why, "refused": dict(choice.refused), "device": device, "dtype": dtype}
+    asked = partial(latent_attention.decoding_problem, layer, device=device, dtype=TORCH_DTYPES[dtype], num_keys=tokens)
+    codes = CacheSpec(bits=8, axis="head").holds_codes(layer.window_tokens)
+    choice, of_codes = kernels.choose(asked()), kernels.choose(asked(codes=codes))
+    told = {"name": choice.name, "why": choice.why, "refused": dict(choice.refused), "device": device, "dtype": dtype}
+    return told | {"codes": {"name": of_codes.name, "refused": dict(of_codes.refused)}}
 
 
 def _backend_line(explanation: Explanation, told: dict[str, Any]) -> Text:
@@ -128,6 +132,7 @@ def _backend_line(explanation: Explanation, told: dict[str, Any]) -> Text:
         return Text()
     refused = "".join(f"; not {name}: {reason}" for name, reason in told["refused"].items())
     sentence = (
-        f"{told['name']} decodes {explanation.pattern} in {told['dtype']} on {told['device']}, {told['why']}{refused}."
+        f"{told['name']} decodes {explanation.pattern} in {told['dtype']} on {told['device']}, {told['why']}{refused}. "
+        f"From a cache of 8-bit codes that kernels read, {told['codes']['name']} does."
     )
     return Text.assemble(("backend  ", picture.LABEL), sentence)

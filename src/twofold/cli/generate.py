@@ -46,6 +46,10 @@ EXAMPLES = (
         command='twofold generate runs/notes --prompt "import " --cache quantized --bits 4 --seed 7',
         purpose="With a cache of 4 bits per float, and another draw.",
     ),
+    Example(
+        command='twofold generate runs/notes --prompt "import " --cache static --bits 8',
+        purpose="With room taken at once, for codes of 8 bits that the kernels read as they are.",
+    ),
     Example(command='twofold generate runs/notes --prompt "x" --json | jq .cache.nbytes', purpose="For programs."),
 )
 PANEL = "Choice of tokens"
@@ -61,7 +65,8 @@ def command(
         Literal["dynamic", "static", "quantized", "offloaded"], typer.Option(help="How the cache is held.")
     ] = "dynamic",
     bits: Annotated[
-        Literal["8", "4"] | None, typer.Option(help="Bits per float of a quantized cache.", show_default="8")
+        Literal["8", "4"] | None,
+        typer.Option(help="Bits per float of a quantized cache, or 8 of a static one.", show_default="8 if quantized"),
     ] = None,
     temperature: Annotated[
         float, typer.Option(help="Logits are divided by it.", metavar="X", rich_help_panel=PANEL)
@@ -97,7 +102,7 @@ def command(
                 max_new_tokens=max_new_tokens,
                 sampling=sampling,
                 cache=cache,
-                bits=int(bits or 8),
+                bits=int(bits or 0),
                 say=len if as_json else _say,
                 stop=interruption.asked,
             )
@@ -122,9 +127,9 @@ def _refuse_contradictions(context: typer.Context, *, greedy: bool, cache: str) 
             raise TwofoldError(
                 f"--greedy draws nothing, so --{name.replace('_', '-')} has no effect: leave one of them out."
             )
-    if cache != "quantized" and "bits" in given:
+    if cache not in ("quantized", "static") and "bits" in given:
         raise TwofoldError(
-            f"A {cache} cache holds floats as they are computed: leave --bits out, or say --cache quantized."
+            f"A {cache} cache holds floats as they are computed: leave --bits out, or say --cache quantized or static."
         )
 
 

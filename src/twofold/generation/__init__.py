@@ -103,13 +103,14 @@ def generate(
     max_new_tokens: int = 200,
     sampling: Sampling = Sampling(),
     cache: str = "dynamic",
-    bits: int = 8,
+    bits: int = 0,
     say: Callable[[str], object] = len,
     stop: Callable[[], bool] = never,
 ) -> Generated:
     """Continue a prompt. ``say`` is called with each piece of text, and ``stop`` is asked after each token.
 
-    ``cache`` is one of :data:`CACHES`, ``bits`` those of the quantized one. Raises TwofoldError for a prompt that has no tokens or more than
+    ``cache`` is one of :data:`CACHES`, ``bits`` those of a quantized one (8 unless they are said) or of a static one, 8 of which are codes that kernels
+    read. Raises TwofoldError for a prompt that has no tokens or more than
     the model has positions.
     """
     tokens = codec.encode(prompt)
@@ -168,8 +169,10 @@ def _cache_spec(spec: ModelSpec, cache: str, bits: int, tokens: int) -> CacheSpe
     if cache not in CACHES:
         raise TwofoldError(f"There is no cache {cache!r}: use one of {', '.join(CACHES)}.")
     if cache == "static":
-        return CacheSpec(max_tokens=min(tokens, spec.positions.max_positions or tokens))
+        room = min(tokens, spec.positions.max_positions or tokens)
+        return CacheSpec(max_tokens=room, bits=bits, axis="head" if bits else "token")
     if cache == "quantized":
+        bits = bits or 8
         dims = {dim for index in range(spec.num_hidden_layers) for _, dim in cached_streams(spec.attention(index))}
         held = cache_of(dims, CacheSpec(bits=bits).bits)
         if held is None:

@@ -21,6 +21,7 @@ def supports(problem: Problem) -> str:
 
 def attend(inputs: Inputs) -> Tensor:
     """[B, H, T, D]."""
+    inputs = inputs.plain
     query, key = inputs.scale * inputs.query, inputs.key
     head_dim = key.shape[3]
     logits = _of_keys(query[..., :head_dim], inputs)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from twofold.kernels.codes import scaled
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation:
@@ -144,13 +146,17 @@ class Problem:
     needs_weights: bool = False
 
     @property
+    def is_longer_than_keys(self) -> bool:
+        """Whether the first queries would stand before the text: a long text reads a short source."""
+        return self.num_queries > self.num_keys and not (self.has_positions or self.has_lengths)
+
+    @property
     def beyond_pytorch(self) -> str:
-        """What of it no chain of PyTorch's fused calls can say; empty: nothing."""
+        """What of it no chain of PyTorch's fused calls can say; empty: nothing. Codes are no more than floats to be made of them first."""
         reasons = {
             "soft_cap": self.soft_cap,
             "sinks": self.has_sinks,
             "pages": self.has_pages,
-            "keys held in another dtype": self.has_scales or self.key_dtype != self.dtype,
         }
         return ", ".join(reason for reason, given in reasons.items() if given)
 
@@ -211,11 +217,11 @@ class Inputs:
         return replace(self, key=key, value=value, key_scales=None, value_scales=None, pages=None)
 
     def _meant(self, held: Tensor, scales: Tensor | None) -> Tensor:
-        floats = self._in_a_row(held).to(self.query.dtype)
+        numbers, dtype = self._in_a_row(held), self.query.dtype
         if scales is None:
-            return floats
+            return numbers.to(dtype)
         is_per_token = scales.shape[3] == 1
-        return floats * (self._in_a_row(scales) if is_per_token else scales).to(self.query.dtype)
+        return scaled(numbers, self._in_a_row(scales) if is_per_token else scales, dtype)
 
     def _in_a_row(self, held: Tensor) -> Tensor:
         """[N, G, tokens of a page, D] -> [B, G, S, D]; what lies in no pages as it is."""

@@ -18,6 +18,7 @@ def supports(problem: Problem) -> str:
 
 def attend(inputs: Inputs) -> Tensor:
     """[B, H, T, D]."""
+    inputs = inputs.plain
     head_dim = inputs.value.shape[-1]
     key, value = _key_and_value(inputs)
     query, _ = _of_one_length(inputs.query, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from twofold.cache_spec import CacheSpec
@@ -15,22 +16,26 @@ QUANTIZED_OPTIONS = ("backend", "nbits", "axis", "q_group_size", "residual_lengt
 def cache_spec_of(implementation: str | None, options: Any, max_tokens: int) -> CacheSpec:
     """``generate``'s ``cache_implementation`` and ``cache_config`` as a CacheSpec; ``max_tokens`` is what it may come to.
 
-    ``cache_config`` is for "quantized" and has Transformers' own names: ``nbits`` (8 or 4, the default), ``axis`` ("token", the default, or
-    "channel"), ``q_group_size`` (32), ``residual_length`` (128, the tokens that stay as computed). Raises TwofoldError for what is not there.
+    ``cache_config`` is for "quantized" and has Transformers' own names: ``nbits`` (8 or 4, the default), ``axis`` ("token", the default,
+    "channel", or "head"), ``q_group_size`` (32), ``residual_length`` (128, the tokens that stay as computed). With ``axis`` "head", codes that kernels
+    read, it is for every implementation, ``nbits`` is 8 and ``residual_length`` 0. Raises TwofoldError for what is not there.
     """
     implementation = implementation or "dynamic"
     if implementation not in IMPLEMENTATIONS:
         raise TwofoldError(
             f"There is no tied cache {implementation!r}: as cache_implementation use one of {', '.join(IMPLEMENTATIONS)}."
         )
-    offload = implementation.startswith("offloaded")
-    if implementation == "quantized":
-        return _quantized(options)
-    return CacheSpec(max_tokens=max_tokens if implementation.endswith("static") else 0, offload=offload)
-
-
-def _quantized(options: Any) -> CacheSpec:
     options = dict(options) if isinstance(options, Mapping) else {}
+    held = CacheSpec(
+        max_tokens=max_tokens if implementation.endswith("static") else 0,
+        offload=implementation.startswith("offloaded"),
+    )
+    is_quantized = implementation == "quantized" or options.get("axis") == "head"
+    return replace(held, **_quantized(options)) if is_quantized else held
+
+
+def _quantized(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How a CacheSpec says the same."""
     for name in options:
         if name not in QUANTIZED_OPTIONS:
             raise TwofoldError(
@@ -40,9 +45,10 @@ def _quantized(options: Any) -> CacheSpec:
         raise TwofoldError(
             f"The quantizer {options['backend']!r} holds keys and values apart: leave backend out, a tied cache quantizes by itself."
         )
-    return CacheSpec(
-        bits=options.get("nbits", 4),
-        axis=options.get("axis", "token"),
-        group_size=options.get("q_group_size", 32),
-        tail_tokens=options.get("residual_length", 128),
-    )
+    is_read_as_codes = options.get("axis") == "head"
+    return {
+        "bits": options.get("nbits", 8 if is_read_as_codes else 4),
+        "axis": options.get("axis", "token"),
+        "group_size": options.get("q_group_size", 32),
+        "tail_tokens": options.get("residual_length", 0 if is_read_as_codes else 128),
+    }
