@@ -1,4 +1,4 @@
-"""Models that decode token by token from a cache of any length: ours in three ways, and Transformers' own GPT-2 and Llama in two.
+"""Models that decode token by token from a cache of any length: ours in three ways (with one tensor in five), Transformers' GPT-2 and Llama in two.
 
 All of one head count start from the same keys (and values), drawn once (:class:`Prefix`). A cache that grows takes them as they are and copies
 them with its first token; one with pre-allocated room is written at once.
@@ -7,6 +7,7 @@ them with its first token; one with pre-allocated room is written at once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from twofold.spec import ModelSpec
 TIES = ("(Q, K, V)", "(Q, K=V)")
 OUR_WAYS = ("growing", "pre-allocated", "compiled")
 PEER_WAYS = ("growing", "pre-allocated")
+CODED, QUANTIZED = "pre-allocated codes", "growing 8 bits"
+FEW_BITS = {CODED: CacheSpec(bits=8, axis="head"), QUANTIZED: CacheSpec(bits=8)}
+"""Codes that kernels read as they are held, and codes in groups that become floats at every step."""
 
 
 class Prefix:
@@ -68,9 +72,10 @@ class Decoder:
 
     def new_cache(self, max_tokens: int = 0) -> Cache:
         """An empty one; with room for ``max_tokens`` unless it grows."""
-        max_tokens = 0 if self.way == "growing" else max_tokens
+        max_tokens = 0 if self.way.startswith("growing") else max_tokens
         if self.is_ours:
-            return TiedCache(self.model.config.spec, CacheSpec(max_tokens=max_tokens))
+            held = replace(FEW_BITS.get(self.way, CacheSpec()), max_tokens=max_tokens)
+            return TiedCache(self.model.config.spec, held)
         if max_tokens:
             return StaticCache(config=self.model.config, max_cache_len=max_tokens)
         return DynamicCache(config=self.model.config)
@@ -156,11 +161,19 @@ def llama_like(spec: ModelSpec) -> LlamaForCausalLM:
 
 
 def decoders(
-    spec: ModelSpec, dtype: torch.dtype, device: str, *, has_compiled: bool = True, has_peers: bool = True
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    has_compiled: bool = True,
+    has_peers: bool = True,
+    has_bits: bool = True,
 ) -> dict[str, Decoder]:
-    """All of them, by ``model, way``; the ways of one model share its weights."""
+    """All of them, by ``model, way``; the ways of one model share its weights. Few bits are for one tensor alone."""
     models = {tie: build_model(spec.with_changes(tie=tie), seed=0).eval() for tie in TIES}
     ways = dict.fromkeys(TIES, OUR_WAYS if has_compiled else OUR_WAYS[:-1])
+    if has_bits:
+        ways[TIES[1]] += tuple(FEW_BITS)
     if has_peers:
         models |= {"GPT-2": gpt2_like(models["(Q, K, V)"], spec), "Llama": llama_like(spec)}
         ways |= dict.fromkeys(("GPT-2", "Llama"), PEER_WAYS)

@@ -9,6 +9,8 @@ The model is that of 300M parameters with one sequence, learned positions, 80 ag
 ``--dtype``, what this machine is faster with). Caches are filled with streams drawn at random, as reading the text would take minutes, and decoding
 goes on from there, greedily, with the model's own forward pass. Ways to hold the cache: "growing" appends to tensors (Transformers'
 DynamicCache), "pre-allocated" writes into room taken at once (StaticCache), "compiled" is the same in one graph of torch.compile, for 2,048 tokens.
+From 8,192 tokens (Q, K=V) also decodes from 8 bits: "pre-allocated codes", which the kernel reads as they are held, and "growing 8 bits", which become floats
+at every step.
 
 In each round every decoder in turn fills its cache, decodes some tokens that are timed, and drops it; a ratio is the median over rounds of the
 ratio within a round. The GPT-2 has our weights and is checked to be the same function; the Llama has as many, drawn at random. Two quiet cores
@@ -30,9 +32,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decoding import TIES, Decoder, Prefix, decoders, gpt2_like
+from decoding import CODED, FEW_BITS, OUR_WAYS, QUANTIZED, TIES, Decoder, Prefix, decoders, gpt2_like
 from filling import DTYPES
 from rows import Row, in_turn, ratio, row, show
+from twofold.cache_spec import CacheSpec
 from twofold.cost import cache_bytes, dtype_bytes, parameters
 from twofold.models import build_model
 from twofold.positions import LearnedPositions
@@ -40,17 +43,19 @@ from twofold.presets import preset
 from twofold.spec import ModelSpec
 
 THREE, TWO = TIES
+PARTS = ("compiled", "peers", "bits", "loop", "prompt")
 MANY_TOKENS = 16384
 Seconds = dict[str, list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model; lengths of its cache, those at which a step is compiled, that of the loop without a cache, and that of a prompt."""
+    """A model; lengths of its cache, those at which a step is compiled, the least of few bits, that of the loop without a cache, and that of a prompt."""
 
     spec: ModelSpec
     lengths: tuple[int, ...]
     compiled: tuple[int, ...]
+    bits_from: int
     loop: int
     prompt: int
 
@@ -58,12 +63,17 @@ class Shape:
         """Tokens that are timed at once: many where each takes little."""
         return max(3, min(8, 32768 // length))
 
+    def times(self, way: str, length: int) -> bool:
+        """Whether a way to hold the cache is timed at a length."""
+        return length in self.compiled if way == "compiled" else length >= self.bits_from or way not in FEW_BITS
+
 
 SHAPES = {
     "paper-300m": Shape(
         spec=preset("paper-300m"),
         lengths=(512, 2048, 8192, 32768),
         compiled=(2048,),
+        bits_from=8192,
         loop=2048,
         prompt=512,
     ),
@@ -75,6 +85,7 @@ SHAPES = {
         ),
         lengths=(16, 40),
         compiled=(16,),
+        bits_from=40,
         loop=16,
         prompt=7,
     ),
@@ -169,7 +180,7 @@ def check_same_function(spec: ModelSpec) -> None:
 def length_rows(seconds: Seconds, length: int) -> list[Row]:
     """At one length: goals first, then peers."""
     at = f"speed at {length:,} tokens"
-    ways = sorted({name.removeprefix(f"{TWO}, ") for name in seconds if name.startswith(TWO)}, key=len)
+    ways = sorted((way for way in OUR_WAYS if f"{TWO}, {way}" in seconds), key=len)
     rows = []
     for way in ways:
         faster = ratio(seconds[f"{THREE}, {way}"], seconds[f"{TWO}, {way}"])
@@ -178,6 +189,10 @@ def length_rows(seconds: Seconds, length: int) -> list[Row]:
         for way in ways[1:]:
             faster = ratio(seconds[f"{tie}, growing"], seconds[f"{tie}, {way}"])
             rows.append(row(f"{at}, {way} / growing, {tie}", faster, "ratio", ">= 1.0"))
+    if f"{TWO}, {CODED}" in seconds:
+        for way in ("pre-allocated", QUANTIZED):
+            faster = ratio(seconds[f"{TWO}, {way}"], seconds[f"{TWO}, {CODED}"])
+            rows.append(row(f"{at}, {CODED} / {way}, {TWO}", faster, "ratio", ">= 1.0"))
     for name in seconds:
         peer, way = name.rsplit(", ", 1)
         if peer not in TIES:
@@ -191,13 +206,14 @@ def length_rows(seconds: Seconds, length: int) -> list[Row]:
 def bound_rows(spec: ModelSpec, length: int, dtype: str, bytes_per_second: float) -> list[Row]:
     """What a token must read, and how many tokens a second that leaves."""
     rows = []
-    for tie in TIES:
+    held = {tie: (tie, CacheSpec()) for tie in TIES} | {f"{TWO}, {CODED}": (TWO, FEW_BITS[CODED])}
+    for name, (tie, cache) in held.items():
         own = spec.with_changes(tie=tie)
         # One row of the table of positions; all rows of that of tokens, which is the head too.
         weights = (parameters(own) - own.positions.max_positions * own.hidden_size) * dtype_bytes(dtype)
-        read = weights + cache_bytes(own, length, dtype)
-        rows.append(row(f"read per token at {length:,} tokens, {tie}", read / 2**20, "MiB"))
-        rows.append(row(f"bound at {length:,} tokens, {tie}", bytes_per_second / read, "tokens/s"))
+        read = weights + cache_bytes(own, length, dtype, cache=cache)
+        rows.append(row(f"read per token at {length:,} tokens, {name}", read / 2**20, "MiB"))
+        rows.append(row(f"bound at {length:,} tokens, {name}", bytes_per_second / read, "tokens/s"))
     return rows
 
 
@@ -254,12 +270,15 @@ def all_rows(shape: Shape, arguments: argparse.Namespace) -> list[Row]:
     dtype = arguments.dtype or fastest_dtype(spec, device)
     speed = bandwidth(device)
     check_same_function(spec)
-    parts = {name: name not in arguments.leave_out for name in ("compiled", "peers", "loop", "prompt")}
-    found = decoders(spec, DTYPES[dtype], device, has_compiled=parts["compiled"], has_peers=parts["peers"])
+    parts = {name: name not in arguments.leave_out for name in PARTS}
+    found = decoders(
+        spec, DTYPES[dtype], device,
+        has_compiled=parts["compiled"], has_peers=parts["peers"], has_bits=parts["bits"],
+    )  # fmt: skip
     rows, speeds, bounds = [], [], []
     for length in lengths:
         start = time.perf_counter()
-        own = {name: one for name, one in found.items() if one.way != "compiled" or length in shape.compiled}
+        own = {name: one for name, one in found.items() if shape.times(one.way, length)}
         prefix = Prefix(spec, length, DTYPES[dtype], device)
         rounds = arguments.rounds if length <= MANY_TOKENS else (arguments.rounds + 1) // 2
         seconds = time_decoding(own, prefix, shape.new_tokens(length), rounds, device)
@@ -294,7 +313,7 @@ def main(given: list[str] | None = None) -> None:
         "--leave-out",
         nargs="+",
         default=[],
-        choices=["compiled", "peers", "loop", "prompt"],
+        choices=PARTS,
         help="what not to measure",
     )
     arguments = parser.parse_args(given)

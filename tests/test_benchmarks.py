@@ -264,6 +264,8 @@ def generate_goals(ways: list[str]) -> dict[str, str]:
         for way in own[1:]:
             for tie in ("(Q, K, V)", "(Q, K=V)"):
                 expected[f"speed at {length} tokens, {way} / growing, {tie}"] = ">= 1.0"
+    for way in ("pre-allocated", "growing 8 bits"):
+        expected[f"speed at 40 tokens, pre-allocated codes / {way}, (Q, K=V)"] = ">= 1.0"
     for tie in ("(Q, K, V)", "(Q, K=V)"):
         expected[f"speed at 16 tokens, cache / no cache, {tie}"] = ">= 20"
     return expected | {"time to the first token after 7, (Q, K=V) / (Q, K, V)": "<= 1.0"}
@@ -276,9 +278,14 @@ def test_decoding_is_timed(generate: ModuleType, capsys: pytest.CaptureFixture[s
     assert "speed at 40 tokens, Llama, pre-allocated" in names
     read = {row["name"]: row["value"] for row in rows if row["name"].startswith("read per token")}
     # 24 tokens more of 2 layers, 16 floats and 4 bytes, twice where keys and values are two.
-    for tie, tensors in (("(Q, K, V)", 2), ("(Q, K=V)", 1)):
-        more = read[f"read per token at 40 tokens, {tie}"] - read[f"read per token at 16 tokens, {tie}"]
-        assert more * 2**20 == pytest.approx(24 * 2 * 16 * 4 * tensors)
+    # Of codes 16 bytes, and 4 for the scale of each of 2 heads.
+    for name, nbytes in (
+        ("(Q, K, V)", 16 * 4 * 2),
+        ("(Q, K=V)", 16 * 4),
+        ("(Q, K=V), pre-allocated codes", 16 + 2 * 4),
+    ):
+        more = read[f"read per token at 40 tokens, {name}"] - read[f"read per token at 16 tokens, {name}"]
+        assert more * 2**20 == pytest.approx(24 * 2 * nbytes)
 
 
 @torch.no_grad()
