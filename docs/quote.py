@@ -300,7 +300,7 @@ def _geometry(root: Path, name: str) -> Iterator[str]:
     if found is None:
         yield NOT_RUN
         return
-    yield "| measure | here | least to most | random: mean and 95% range | outside it | untrained |"
+    yield "| measure | here | least to most | a random one: mean and 95% range | outside it | untrained |"
     yield "|---|--:|--:|--:|--:|--:|"
     for row in found["measures"]:
         between, outside = _between(row["random"]), f"{row['outside']} of {row['of']}"
@@ -323,7 +323,7 @@ def _published(root: Path, name: str) -> Iterator[str]:
     if found is None:
         yield NOT_RUN
         return
-    yield "| figure | published | here | random: mean and 95% range | |"
+    yield "| figure | published | here | means over random heads: their mean and 95% range | |"
     yield "|---|--:|--:|--:|---|"
     for one in found["published"]:
         random = {key: one[f"random_{key}"] for key in ("mean", "low", "high")}

@@ -187,6 +187,24 @@ def test_a_model_that_was_never_trained_is_not_told_from_random():
             assert row.mean == pytest.approx(row.pooled.mean, abs=0.02)
 
 
+def test_a_mean_over_heads_is_held_against_means_over_random_heads():
+    """Over 16 heads it varies a quarter as much as one head: 0.05 lies within what a random head has, and far beyond what their mean has."""
+    model = model_of(tie="(Q, K, V)", hidden_size=64, num_attention_heads=8)
+    layers = layers_of(model, ROWS)
+    rows = {row.measure.key: row for row in measure_layers(layers, draws=200)}
+    for key in ("cos_weights", "symmetry_qk"):
+        single, mean = rows[key].pooled, rows[key].of_mean
+        assert mean.mean == pytest.approx(single.mean, abs=0.01)
+        assert (mean.high - mean.low) / (single.high - single.low) == pytest.approx(1 / 4, abs=0.06)
+    with torch.no_grad():
+        for layer in model.trunk.layers:
+            part = layer.attention
+            part.v_proj.weight.add_(0.05 * part.k_proj.weight)
+    row = {row.measure.key: row for row in measure_layers(layers_of(model, ROWS), draws=200)}["cos_weights"]
+    assert row.pooled.holds(row.mean)
+    assert not row.of_mean.holds(row.mean)
+
+
 def test_what_training_made_alike_is_told_from_random():
     model = model_of(tie="(Q, K, V)", hidden_size=64)
     with torch.no_grad():
@@ -221,12 +239,12 @@ def test_grouped_queries_are_measured_with_their_own_keys():
 
 
 class Said:
-    """A row with a mean and a random range."""
+    """A row with a mean and the range of random means."""
 
     def __init__(self, key: str, mean: float, low: float, high: float, *, is_given: bool = False) -> None:
         self.measure = next(measure for measure in MEASURES if measure.key == key)
         self.mean, self.is_given = mean, is_given
-        self.pooled = Range(mean=(low + high) / 2, low=low, high=high, draws=9)
+        self.of_mean = Range(mean=(low + high) / 2, low=low, high=high, draws=9)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +252,14 @@ class Said:
     [
         (0.75, -0.1, 0.1, False, True, "Comes out, and random projections do not give it."),
         (0.75, 0.6, 0.9, False, True, "Comes out, and so it does for random projections: it says nothing of training."),
+        (
+            0.75,
+            0.66,
+            0.70,
+            False,
+            True,
+            "Comes out, and so it does for random projections: it says nothing of training.",
+        ),
         (0.02, -0.1, 0.1, False, False, "Does not come out: what is here is what random projections give."),
         (
             0.40,

@@ -44,7 +44,10 @@ FIGURES: tuple[Figure, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A published figure beside the model's; ``comes_out`` is None where the tie itself decides, so that nothing is asked."""
+    """A published figure beside the model's; ``comes_out`` is None where the tie itself decides, so that nothing is asked.
+
+    ``random_low`` and ``random_high`` are the ends of what a mean over as many random heads is.
+    """
 
     figure: Figure
     here: float
@@ -74,22 +77,22 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _verdict(figure: Figure, row: Row) -> Verdict:
-    here, random = row.mean, row.pooled
+    """The model's mean over heads beside the same mean over random ones: both come out by one rule."""
+    here, random = row.mean, row.of_mean
     comes_out = None if row.is_given else abs(here - figure.value) <= NEAR
     is_random = random.draws > 0 and random.holds(here)
+    so_does_random = random.draws > 0 and abs(random.mean - figure.value) <= NEAR
     if comes_out is None:
         sentence = f"Not asked: this model's tie makes it {number(here, 2)}."
-    elif is_random and comes_out:
+    elif comes_out and so_does_random:
         sentence = "Comes out, and so it does for random projections: it says nothing of training."
-    elif is_random:
-        sentence = "Does not come out: what is here is what random projections give."
     elif comes_out:
         sentence = "Comes out, and random projections do not give it."
+    elif is_random:
+        sentence = "Does not come out: what is here is what random projections give."
     else:
         sentence = f"Does not come out: it is {'more' if here > random.mean else 'less'} than random projections give"
-        sentence += (
-            ", which give what was published." if random.holds(figure.value) else ", and not what was published."
-        )
+        sentence += ", which give what was published." if so_does_random else ", and not what was published."
     return Verdict(
         figure=figure,
         here=here,

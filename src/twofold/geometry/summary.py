@@ -153,6 +153,8 @@ BY_KEY: Mapping[str, Measure] = {measure.key: measure for measure in MEASURES}
 Values = dict[str, list[float]]
 MIN_RANK_DRAWS, RANK_WORK = 3, 4e9
 """Random matrices of all heads are drawn as often as ``RANK_WORK`` multiplications allow; their effective ranks hardly vary."""
+MEANS = 4_000
+"""How many means over random heads are made of those that were drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +181,16 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measure over the layers: ``values`` and ``random`` by layer, and both pooled; ``untrained`` is the mean of an untrained model."""
+    """One measure over the layers: ``values`` and ``random`` by layer, and both pooled; ``untrained`` is the mean of an untrained model.
+
+    ``pooled`` is the range of single random heads; ``of_mean`` that of the mean over as many of them as there are ``values``, which is far narrower.
+    """
 
     measure: Measure
     values: tuple[tuple[float, ...], ...]
     random: tuple[Range, ...]
     pooled: Range
+    of_mean: Range
     untrained: float = math.nan
 
     @property
@@ -225,6 +231,7 @@ class Row:
             "of": len(self.all_values),
             "given_by_the_tie": self.is_given,
             "random": vars(self.pooled),
+            "random_of_mean": vars(self.of_mean),
             "untrained": self.untrained,
             "values": [list(values) for values in self.values],
             "random_by_layer": [vars(random) for random in self.random],
@@ -246,9 +253,20 @@ def measure_layers(layers: Sequence[Layer], *, draws: int, seed: int = 0) -> lis
                 values=tuple(map(tuple, values)),
                 random=tuple(map(Range.of, random)),
                 pooled=Range.of([value for one in random for value in one]),
+                of_mean=_of_mean(random, list(map(len, values)), seed),
             )
         )
     return [row for row in rows if row.all_values]
+
+
+def _of_mean(random: Sequence[Sequence[float]], counts: Sequence[int], seed: int) -> Range:
+    """What the mean over ``counts`` heads of each layer is where each is one of its layer's random draws."""
+    held = [(draws, count) for draws, count in zip(random, counts, strict=True) if count]
+    if not held or not all(draws for draws, _ in held):
+        return Range.of(())
+    stream = np.random.default_rng(seed)
+    sums = [stream.choice(draws, size=(MEANS, count)).sum(axis=1) for draws, count in held]
+    return Range.of(list(np.sum(sums, axis=0) / sum(counts)))
 
 
 def means(layers: Sequence[Layer]) -> dict[str, float]:
