@@ -51,6 +51,11 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+BART: dict[str, Any] = {
+    "vocab_size": 37, "d_model": 24, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 19, "decoder_ffn_dim": 19, "max_position_embeddings": 16, "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+
 
 def drawn(kind: type, model_type: str, sizes: dict[str, Any]) -> dict[str, PreTrainedModel]:
     """One model of Transformers' twice, with weights large enough for attention to matter: eager (whose softmax is float32) and ours."""
@@ -184,6 +189,11 @@ def test_encoders_and_cross_attention():
         models[key](tokens, attention_mask=mask, decoder_input_ids=tokens[:, :4]).logits for key in (NAME, "eager")
     )
     assert_near(found, wanted)
+
+    models = drawn(AutoModelForSeq2SeqLM, "bart", BART)
+    for text in (tokens[:, :2], tokens):  # one that is longer than its source, too
+        found, wanted = (models[key](tokens[:, :3], decoder_input_ids=text).logits for key in (NAME, "eager"))
+        assert_near(found, wanted)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def inputs(draw: st.DrawFn) -> Inputs:
 
     batch, kv_heads, group = draw(st.sampled_from([(1, 1, 1), (2, 3, 1), (2, 1, 5), (3, 2, 3)]))
     num_keys = draw(st.sampled_from([1, 2, 7, 63, 65]))
-    num_queries = draw(st.sampled_from([1, 2, num_keys]).filter(lambda t: t <= num_keys))
+    num_queries = draw(st.sampled_from([1, 2, num_keys, num_keys + 3]))  # a long text may read a short source
     extension, head_dim = draw(st.sampled_from([0, 2])), draw(st.sampled_from([4, 10]))
     key = normal(batch, kv_heads, num_keys, head_dim)
     rotation = None
@@ -64,6 +64,29 @@ def test_a_query_without_keys_gets_zero():
     for name in ("sdpa", "folded", "reference"):
         output = kernels.attend(Inputs(query=ones, key=ones, value=ones, mask=mask, scale=1.0), name)
         assert output[0, 0, :, 0].tolist() == [0.0, 1.0, 1.0]
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 5)),
+    causal=st.booleans(),
+    window=st.integers(0, 4),
+    seed=st.integers(0, 99),
+    given_by=st.sets(st.sampled_from(["key_mask", "lengths"])),
+)
+def test_masks_against_pairs(sizes: tuple[int, int, int], causal: bool, window: int, seed: int, given_by: set[str]):
+    """Also of more queries than keys, the first of which stand before the text."""
+    batch, num_queries, num_keys = sizes
+    draw = torch.Generator().manual_seed(seed)
+    seen = torch.rand(batch, num_keys, generator=draw) < 0.5 if "key_mask" in given_by else None
+    lengths = torch.randint(num_keys + 1, (batch,), generator=draw) if "lengths" in given_by else None
+    mask = Mask(causal=causal, window_tokens=window, key_mask=seen, lengths=lengths)
+    allowed = mask.allowed(num_queries, num_keys, torch.device("cpu")).expand(batch, 1, num_queries, num_keys)
+    for b, t, s in product(range(batch), range(num_queries), range(num_keys)):
+        length = num_keys if lengths is None else int(lengths[b])
+        place = length - num_queries + t
+        wanted = s < length and (place >= 0 or lengths is None) and (s <= place or not causal)
+        wanted = wanted and (not window or abs(s - place) < window) and (seen is None or bool(seen[b, s]))
+        assert bool(allowed[b, 0, t, s]) == wanted
 
 
 # What only kernels of our own know: the reference against pairs written out one by one

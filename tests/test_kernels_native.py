@@ -357,6 +357,11 @@ def test_a_level_that_is_not_there_is_said():
         ({"mask": Mask(causal=True, segments=torch.ones(3, 70))}, "one document"),
         ({"query": torch.ones(3, 8, 17, 64, dtype=torch.bfloat16)}, "up to 16 queries"),
         ({"query": torch.ones(3, 8, 70, 64, dtype=torch.bfloat16)}, "up to 16 queries"),
+        (
+            {name: torch.ones(3, 8, 1, 64, dtype=torch.bfloat16) for name in ("key", "value")}
+            | {"query": torch.ones(3, 8, 2, 64, dtype=torch.bfloat16)},
+            "the last of the text",
+        ),
         ({"query": torch.ones(3, 8, 1, 64, dtype=torch.bfloat16, requires_grad=True)}, "gradient"),
     ],
 )

@@ -83,7 +83,7 @@ class Mask:
     def is_plain(self, num_queries: int, num_keys: int) -> bool:
         """Whether nothing is hidden but, with ``causal``, what comes later."""
         in_a_row = self.positions is None and self.lengths is None
-        sees_all = in_a_row and (not self.window_tokens or self.window_tokens >= num_keys)
+        sees_all = in_a_row and (not self.window_tokens or self.window_tokens >= max(num_queries, num_keys))
         return sees_all and self.key_mask is None and (self.segments is None or num_queries == num_keys == 1)
 
     def allowed(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
@@ -110,10 +110,8 @@ class Mask:
         if self.positions is not None:
             queries, keys = self.positions
             return queries[None], keys
-        keys = torch.arange(num_keys, device=device)
-        if self.lengths is None:
-            return keys[None, num_keys - num_queries :], keys
-        return self.lengths[:, None] - num_queries + torch.arange(num_queries, device=device), keys
+        keys, queries = torch.arange(num_keys, device=device), torch.arange(num_queries, device=device)[None]
+        return queries - num_queries + (num_keys if self.lengths is None else self.lengths[:, None]), keys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ def supports(problem: Problem) -> str:
         "it reads one document at a time": problem.has_segments,
         f"it is for up to {MAX_QUERIES} queries over keys of before": problem.num_queries > MAX_QUERIES
         or problem.num_queries == problem.num_keys > 1,
+        "its queries are the last of the text that the keys are of": problem.is_longer_than_keys,
         "other programs, which a model is exported for, do not know it": torch.compiler.is_exporting(),
         "keys in pages are not extended": problem.has_pages and problem.key_extension_dim > 0,
     }

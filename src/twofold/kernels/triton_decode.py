@@ -45,6 +45,7 @@ def supports(problem: Problem) -> str:
         "it reads one document at a time": problem.has_segments,
         f"it is for up to {MAX_QUERIES} queries over keys of before": problem.num_queries > MAX_QUERIES
         or problem.num_queries == problem.num_keys > 1,
+        "its queries are the last of the text that the keys are of": problem.is_longer_than_keys,
         f"it is for heads of up to {MAX_HEAD_DIM} dimensions": problem.head_dim > MAX_HEAD_DIM,
         f"it is for a shared key of up to {MAX_EXTENSION_DIM} dimensions": problem.key_extension_dim
         > MAX_EXTENSION_DIM,
