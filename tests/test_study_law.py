@@ -11,7 +11,7 @@ from twofold.cost import parameters as parameters_of
 from twofold.spec import ModelSpec
 from twofold.study import law
 from twofold.study import plan as plans
-from twofold.study.law import Budget, expanded_level, fit
+from twofold.study.law import Budget, fit, widening
 from twofold.study.statistics import interval, resamples
 
 SIZES = (4_000.0, 9_000.0, 20_000.0)
@@ -23,8 +23,8 @@ def truth(parameters: float, ratio: float, limit: float, amplitude: float, expon
     return limit + amplitude * (ratio / 5) ** -exponent + slope * math.log(parameters / SIZE_UNIT)
 
 
-def budgets(*numbers: float, seeds: int = 5, noise: float = 0.0, draw: int = 0) -> list[Budget]:
-    """Half of a seed's noise is common to all its budgets, as it is where they share first weights and data."""
+def budgets(*numbers: float, seeds: int = 5, noise: float = 0.0, draw: int = 0, shared: float = 0.5) -> list[Budget]:
+    """A part of a seed's noise, ``shared``, is common to all its budgets, as it is where they share first weights and data."""
     rng = np.random.default_rng(draw)
     common = rng.standard_normal(seeds)
     made = []
@@ -32,7 +32,7 @@ def budgets(*numbers: float, seeds: int = 5, noise: float = 0.0, draw: int = 0) 
         for ratio in ratios:
             own = rng.standard_normal(seeds)
             mean = truth(parameters, ratio, *numbers)
-            values = mean + noise * (common + own) / math.sqrt(2)
+            values = mean + noise * (math.sqrt(shared) * common + math.sqrt(1 - shared) * own)
             made.append(
                 Budget(parameters=parameters, tokens=parameters * ratio, differences=dict(enumerate(values.tolist())))
             )
@@ -146,38 +146,51 @@ def test_seeds_that_a_budget_lacks_are_left_out_of_all():
     assert known[0].observed.n == 5
 
 
-def test_the_expanded_bootstrap_of_a_mean_covers_what_it_says():
-    """The plain percentile interval of 5 values misses far more than 5% of means; at the expanded level it is as honest as Student's."""
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_interval_of_a_mean_covers_what_it_says_where_percentiles_do_not(seeds):
+    """Of a bootstrap's mean, the interval is Student's; its percentiles end at the most extreme seed."""
     rng = np.random.default_rng(0)
-    draws, _ = resamples(5)
-    hits = {"plain": 0, "expanded": 0, "t": 0}
-    samples = rng.standard_normal((1000, 5))
-    for values in samples:
+    draws, _ = resamples(seeds)
+    hits = {"percentiles": 0, "ours": 0}
+    for values in rng.standard_normal((1000, seeds)):
         means = values[draws].mean(axis=1)
-        for name, level in (("plain", 0.025), ("expanded", expanded_level(5))):
-            low, high = np.quantile(means, (level, 1 - level))
-            hits[name] += low <= 0 <= high
+        hits["percentiles"] += means.min() <= 0 <= means.max()
+        half = widening(seeds) * means.std()
+        hits["ours"] += abs(values.mean()) <= half
         shown = interval(list(values))
-        hits["t"] += shown.low <= 0 <= shown.high
-    assert hits["plain"] < 870
-    assert hits["expanded"] > 915
-    assert 930 < hits["t"] < 970
+        assert half == pytest.approx((shown.high - shown.low) / 2)
+    assert hits["percentiles"] < 960 - 200 * (seeds < 5)
+    assert 930 < hits["ours"] < 970
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("slope", [0.0, 0.05])
-def test_intervals_of_limit_and_prediction_cover_what_they_say(slope):
+def test_intervals_of_limit_and_prediction_cover_what_they_say(slope, seeds):
     limit, amplitude, exponent, trials = 0.05, 0.3, 0.5, 200
     hits = {"limit": 0, "held out": 0}
     for draw in range(trials):
-        found = fit(budgets(limit, amplitude, exponent, slope, noise=0.02, draw=draw))
+        found = fit(budgets(limit, amplitude, exponent, slope, noise=0.02, draw=draw, seeds=seeds))
         assert found is not None
         wanted = limit + slope * math.log(found.largest / SIZE_UNIT)
         own = found.limit(found.largest)
         hits["limit"] += own.low <= wanted <= own.high
         hits["held out"] += found.prediction(found.held_out[0]).is_inside
-    assert hits["limit"] >= 0.9 * trials, hits
+    assert hits["limit"] >= (0.9 if seeds == 5 else 0.86) * trials, hits
     assert hits["held out"] >= 0.9 * trials, hits
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_misfit_is_found_by_chance_as_seldom_as_is_said(seeds):
+    """Noise of a law's own points, whose variances are estimated from a few seeds: a χ² of the tables would call one in ten of five seeds a misfit."""
+    chances = [
+        one.chance
+        for draw in range(40)
+        if (one := fit(budgets(0.05, 0.3, 0.5, 0.0, noise=0.05, shared=0.0, seeds=seeds, draw=draw)))
+    ]
+    assert len(chances) == 40
+    assert sum(chance < law.MISFIT for chance in chances) <= 3
+    assert np.mean(chances) == pytest.approx(0.5, abs=0.15)
 
 
 def test_the_range_of_exponents_is_the_one_that_is_told():

@@ -215,7 +215,7 @@ def _values(found: _Found) -> dict[str, Any]:
     if law is not None:
         values["law"] = {
             "seeds": list(law.seeds), "exponent": _estimate(law.exponent), "is_pinned": law.is_pinned, "is_misfit": law.is_misfit, "has_size": law.has_size,
-            "coefficients": law.coefficients[:, 0].tolist(), "chi_squared": law.chi_squared, "degrees": law.degrees,
+            "coefficients": law.coefficients[:, 0].tolist(), "chi_squared": law.chi_squared, "degrees": law.degrees, "chance": law.chance,
             "criterion": float(law.criterion), "other_criterion": float(law.other_criterion),
             "limits": [
                 {"parameters": size, "holds_zero": law.limit(size).holds_zero, **_estimate(law.limit(size))}

@@ -11,8 +11,12 @@ The slope is kept only where Akaike's corrected criterion says that it pays for 
 
 Given β the law is linear. So β is searched, from 0.1 to 2, and the rest is weighted least squares: no start to choose, no other minimum to
 fall into. Weights are one over the variance of a point's mean over seeds; variances of a handful of seeds are drawn halfway to their geometric
-mean over all points, lest a point that is alike by chance decide everything. Whole seeds are resampled, the same for all points, because a seed's
-runs share first weights and the order of their data.
+mean over all points, lest a point that is alike by chance decide everything. Such weights make χ² larger than its name says (a third larger with
+five seeds), so it is held against χ² of noise alone, weighted by variances of as few seeds.
+
+Whole seeds are resampled, the same for all points, because a seed's runs share first weights and the order of their data. Percentiles of so few
+seeds end at the most extreme one and are far too narrow (of three seeds they hold six truths in ten), so an interval's part on each side
+is Student's t times how far resamples lie on that side, in root mean square.
 
 Sources: Hoffmann et al. 2022 (2203.15556) for the form of each loss; Golub and Pereyra 2003 for the search of β alone; Smyth 2004 for drawing
 variances together; Hurvich and Tsai 1989 for the criterion; Hesterberg 2015 (The American Statistician 69(4)), section 3.4.1, for the percentiles that
@@ -37,6 +41,7 @@ EXPONENTS = np.geomspace(0.1, 2.0, 100)
 SAME_RATIO = 0.8  # steps are whole, so one ratio is not quite the same for all sizes
 MIN_POINTS = 5
 MISFIT = 0.01
+CHANCES = 2_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,8 @@ class Prediction:
 class Law:
     """A fitted law. ``fitted`` are the budgets that it saw, ``held_out`` those of the largest ratio, which it did not.
 
-    ``chi_squared`` is the weighted sum of squares over ``degrees`` of freedom. ``coefficients`` [K, 1 + R] are a, b and, where
+    ``chi_squared`` is the weighted sum of squares over ``degrees`` of freedom, and ``chance`` how often noise alone gives one as large (NaN: one
+    seed, of which no noise is known). ``coefficients`` [K, 1 + R] are a, b and, where
     ``has_size``, s: the fit's own first, then those of R resamples; ``exponents`` [1 + R] are their β.
     """
 
@@ -102,14 +108,17 @@ class Law:
     other_criterion: float
     chi_squared: float
     degrees: int
+    chance: float
     coefficients: Array = field(repr=False)
     exponents: Array = field(repr=False)
     draws: NDArray[np.int64] = field(repr=False)
 
     @property
     def exponent(self) -> Estimate:
-        """β."""
-        return self._estimate(self.exponents)
+        """β, whose interval ends where the search does."""
+        found = self._estimate(self.exponents)
+        low, high = (float(np.clip(end, EXPONENTS[0], EXPONENTS[-1])) for end in (found.low, found.high))
+        return Estimate(value=found.value, low=low, high=high)
 
     @property
     def is_pinned(self) -> bool:
@@ -118,8 +127,8 @@ class Law:
 
     @property
     def is_misfit(self) -> bool:
-        """Whether the budgets lie farther from the law than their noise allows: a χ² that chance gives less than once in a hundred."""
-        return bool(stats.chi2.sf(self.chi_squared, self.degrees) < MISFIT)
+        """Whether the budgets lie farther from the law than their noise allows: a χ² that noise alone gives less than once in a hundred."""
+        return self.chance < MISFIT
 
     @property
     def largest(self) -> float:
@@ -137,8 +146,7 @@ class Law:
     def prediction(self, budget: Budget) -> Prediction:
         """A budget's mean over seeds beside what the law says of it.
 
-        The interval is for observation minus law over the resamples, so it holds the noise of both, and what they share. It is Student's
-        t times the bootstrap's standard error: of a mean of few seeds that is wide enough, where percentiles end at the most extreme seed.
+        The interval is for observation minus law over the resamples, so it holds the noise of both, and what they share.
         """
         values = self._values(budget.parameters, budget.ratio)
         differences = np.array([budget.differences[seed] for seed in self.seeds])
@@ -146,7 +154,7 @@ class Law:
         half = math.nan
         if n > 1:
             errors = differences[self.draws].mean(axis=1) - values[1:]
-            half = float(stats.t.ppf(0.975, n - 1) * math.sqrt(n / (n - 1)) * errors.std())
+            half = widening(n) * float(errors.std())
         return Prediction(
             budget=budget,
             predicted=Estimate(value=centre, low=centre - half, high=centre + half),
@@ -160,20 +168,21 @@ class Law:
         return values + self.coefficients[2] * math.log(parameters / units[1]) if self.has_size else values
 
     def _estimate(self, values: Array) -> Estimate:
-        if len(values) < 2:
-            return Estimate(value=float(values[0]), low=math.nan, high=math.nan)
-        level = expanded_level(len(self.seeds))
-        low, high = (float(np.quantile(values[1:], share)) for share in (level, 1 - level))
-        return Estimate(value=float(values[0]), low=low, high=high)
+        centre, again = float(values[0]), values[1:]
+        if not len(again):
+            return Estimate(value=centre, low=math.nan, high=math.nan)
+        below, above = (math.sqrt(2 * float((np.maximum(sign * (again - centre), 0) ** 2).mean())) for sign in (-1, 1))
+        wide = widening(len(self.seeds))
+        return Estimate(value=centre, low=centre - wide * below, high=centre + wide * above)
 
 
-def expanded_level(n: int, *, confidence: float = 0.95) -> float:
-    """The percentile, from below, at which a bootstrap of the mean of ``n`` normal values is as wide as their t interval.
+def widening(n: int, *, confidence: float = 0.95) -> float:
+    """By how many of a bootstrap's standard errors the t interval of a mean of ``n`` values reaches to either side.
 
-    >>> [round(expanded_level(n), 3) for n in (3, 5, 10, 1000)]
-    [0.0, 0.001, 0.009, 0.025]
+    >>> [round(widening(n), 2) for n in (2, 3, 5, 1000)]
+    [17.97, 5.27, 3.1, 1.96]
     """
-    return float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + confidence) / 2, n - 1)))
+    return float(stats.t.ppf((1 + confidence) / 2, n - 1)) * math.sqrt(n / (n - 1))
 
 
 def fit(budgets: Sequence[Budget]) -> Law | None:
@@ -196,7 +205,12 @@ def fit(budgets: Sequence[Budget]) -> Law | None:
 
     forms = [has_size for has_size in (False, True) if _is_affordable(fitted, has_size)]
     of_form = {has_size: _solve(fitted, means[:, :1], variances, has_size=has_size) for has_size in forms}
-    criteria = {has_size: _criterion(chi[0], len(fitted), len(c) + 1) for has_size, (c, _, chi) in of_form.items()}
+    degrees = {has_size: len(fitted) - len(c) - 1 for has_size, (c, _, _) in of_form.items()}
+    noise = {has_size: _noise(fitted, form[1][0], table, has_size=has_size) for has_size, form in of_form.items()}
+    criteria = {
+        has_size: _criterion(chi[0] * degrees[has_size] / noise[has_size].mean(), len(fitted), len(c) + 1)
+        for has_size, (c, _, chi) in of_form.items()
+    }
     has_size = min(criteria, key=criteria.__getitem__)
     coefficients, exponents, chi = of_form[has_size]
     again = _solve(fitted, means[:, 1:], variances, has_size=has_size, refine=False)
@@ -208,7 +222,8 @@ def fit(budgets: Sequence[Budget]) -> Law | None:
         criterion=criteria[has_size],
         other_criterion=criteria.get(not has_size, math.nan),
         chi_squared=float(chi[0]),
-        degrees=len(fitted) - len(coefficients) - 1,
+        degrees=degrees[has_size],
+        chance=float((noise[has_size] >= chi[0]).mean()) if len(noise[has_size]) > 1 else math.nan,
         coefficients=np.column_stack([coefficients, again[0]]),
         exponents=np.concatenate([exponents, again[1]]),
         draws=draws,
@@ -242,12 +257,29 @@ def _units(budgets: Sequence[Budget]) -> tuple[float, float]:
 
 
 def _variances(table: Array) -> Array:
-    """Of each point's mean over seeds, from ``table`` [points, seeds]; all 1 where nothing is known of them."""
-    seeds = table.shape[1]
-    own = table.var(axis=1, ddof=1) if seeds > 1 else np.zeros(len(table))
+    """Of each point's mean over seeds, from ``table`` [..., points, seeds]; all 1 where nothing is known of them."""
+    seeds = table.shape[-1]
+    own = table.var(axis=-1, ddof=1) if seeds > 1 else np.zeros(table.shape[:-1])
     if not (own > 0).all():
-        return np.ones(len(table))
-    return (own + np.exp(np.log(own).mean())) / 2 / seeds
+        return np.ones(table.shape[:-1])
+    return (own + np.exp(np.log(own).mean(axis=-1, keepdims=True))) / 2 / seeds
+
+
+def _noise(budgets: Sequence[Budget], exponent: float, table: Array, *, has_size: bool) -> Array:
+    """χ² of noise alone around a law with that β, [CHANCES], weighted as the points of ``table`` are; the degrees of freedom where no noise is known.
+
+    With true variances it would be the χ² of the tables. Near its minimum the law is linear in β too.
+    """
+    design = _design(budgets, exponent, has_size=has_size)
+    design = np.column_stack([design, design[:, 1] * np.log(design[:, 1])])
+    if (_variances(table) == 1).all():
+        return np.array([float(len(budgets) - design.shape[1])])
+    drawn = np.random.default_rng(0).standard_normal((CHANCES, *table.shape))
+    weights = 1 / np.sqrt(_variances(drawn))
+    wanted, (basis, _) = drawn.mean(axis=-1) * weights, np.linalg.qr(design * weights[..., None])
+    left = wanted - (basis @ (basis.swapaxes(-1, -2) @ wanted[..., None]))[..., 0]
+    found: Array = (left**2).sum(axis=-1)
+    return found
 
 
 def _design(budgets: Sequence[Budget], exponent: float, *, has_size: bool) -> Array:
