@@ -63,8 +63,14 @@ def commonest(first: int, end: int) -> Guesser:
     return guess
 
 
-def any_of(count: int) -> Guesser:
-    return lambda row, place, draws: int(draws.integers(count))
+def commonest_of_all(kinds: int, end: int | None = None) -> Guesser:
+    """The token that is commonest in what is shown, whatever is asked; ``end`` is where that ends."""
+
+    def guess(row: list[int], place: int, draws: np.random.Generator) -> int:
+        seen = Counter(token for token in row[:end] if token < kinds)
+        return min(range(kinds), key=lambda token: (-seen[token], token))
+
+    return guess
 
 
 RELATIONS, HOPS, FUZZY = SMALL["relations"], SMALL["multihop"], SMALL["mad-fuzzy-recall"]["vocab_size"]
@@ -74,10 +80,9 @@ GUESSERS: dict[str, Guesser] = {
     "mad-recall": commonest(5, 10),
     "mad-noisy-recall": commonest(4, 9),
     "mad-fuzzy-recall": commonest((FUZZY - 1) // 2, FUZZY - 1),
-    "mad-selective-copying": any_of(5),
-    "selective-copy": any_of(5),
-    "mad-memorization": lambda row, place, draws: 7 + int(draws.integers(8)),
-    "induction": any_of(5),
+    "mad-selective-copying": commonest_of_all(5),
+    "selective-copy": commonest_of_all(5),
+    "induction": commonest_of_all(5, -2),
     # S3: the first state is its element, of the others one element says nothing.
     "state-tracking": lambda row, place, draws: row[place] if place == 0 else int(draws.integers(6)),
     "relations": other_name(3 + RELATIONS["vocab_relations"], lambda row: row[: 6 * RELATIONS["num_entities"]]),
@@ -97,12 +102,28 @@ def test_chance_is_what_a_guesser_gets_who_looks_nothing_up(name):
     assert scores(task, guessing(task, GUESSERS[name]))["accuracy"] == pytest.approx(task.chance, abs=5 * error)
 
 
-def test_a_compressed_sequence_is_guessed_place_by_place():
+def test_a_memorized_value_is_guessed_among_those_that_some_key_has():
+    task = load("mad-memorization", held_out_size=400)
+    values = sorted(set(task.train["labels"].flatten().tolist()) - {IGNORED})
+    assert len(values) == 7
+    found = scores(task, guessing(task, lambda row, place, draws: int(draws.choice(values))))
+    assert task.chance == 1 / 7
+    assert found["accuracy"] == pytest.approx(task.chance, abs=5 * (0.15 / 1_200) ** 0.5)
+
+
+def test_a_compressed_sequence_is_guessed_by_its_commonest_token():
     task, kinds = load("mad-compression", held_out_size=500), SMALL["mad-compression"]["vocab_size"] - 1
-    draws = torch.Generator().manual_seed(0)
-    found = scores(task, lambda batch: torch.rand((*batch["labels"].shape, width(task)), generator=draws))
-    assert task.chance == 1 / kinds
-    assert found["accuracy"] == pytest.approx(task.chance, abs=5 * (task.chance / 500 / 5) ** 0.5)
+
+    def logits_of(batch):
+        found = torch.zeros(*batch["labels"].shape, width(task))
+        for index, row in enumerate(batch["input_ids"][:, :-1].tolist()):
+            seen = Counter(row)
+            guess = min(range(kinds), key=lambda token: (-seen[token], token))
+            found[index, -1, guess::kinds] = 9.0
+        return found
+
+    assert scores(task, logits_of)["accuracy"] == pytest.approx(task.chance)
+    assert task.chance > 1 / kinds + 0.1
 
 
 def test_the_commonest_value_of_a_set_is_guessed_of_its_cues():

@@ -133,7 +133,8 @@ class AutomataTask(TableTask):
 
     def _chance(self, held_out: dict[str, Tensor]) -> float:
         """How often an automaton allows the symbol that was commonest so far in its strings."""
-        allowed, labels = self.allowed(held_out), held_out["labels"].numpy()
+        allowed, labels = self.allowed(held_out), held_out["labels"].numpy().copy()
+        labels[:, 0] = IGNORED  # nobody predicts the first symbol
         return commonest_so_far(held_out["input_ids"].numpy(), labels, allowed)
 
     def measure(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, TableTask, TaskKind, distinct, generator
+from twofold.tasks.task import IGNORED, TableTask, TaskKind, commonest_shown, distinct, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,16 @@ class InductionOptions(Options):
 
 
 def _load(options: InductionOptions) -> TableTask:
+    held_out = _examples(options, "held_out", options.held_out_size)
+    tokens = held_out["input_ids"].numpy()
     return TableTask(
         name="induction",
         train=_examples(options, "train", options.train_size),
-        held_out=_examples(options, "held_out", options.held_out_size),
+        held_out=held_out,
         description=f"Induction: what followed the last of {options.num_triggers} triggers in {options.length} of {options.vocab_size} tokens, "
         f"{options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
         tokens_per_example=options.length,
-        chance=1 / (options.vocab_size - 1),
+        chance=commonest_shown(tokens[:, :-2], tokens[:, -1:], options.vocab_size - 1),
         model_fields={"architecture": "causal_lm", "vocab_size": options.vocab_size, "causal": True},
     )
 

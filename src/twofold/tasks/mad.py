@@ -25,7 +25,16 @@ import torch
 from torch import Tensor
 
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, Batch, TableTask, TaskKind, commonest_so_far, distinct, generator
+from twofold.tasks.task import (
+    IGNORED,
+    Batch,
+    TableTask,
+    TaskKind,
+    commonest_shown,
+    commonest_so_far,
+    distinct,
+    generator,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +259,7 @@ def _memorization(options: MadMemorizationOptions) -> TableTask:
         description=f"MAD's memorization: the fixed values of {num_keys:,} keys, {options.train_size:,} sequences of {options.length // 2} keys for "
         f"training, {options.held_out_size:,} held out.",
         tokens_per_example=options.length,
-        chance=1 / len(values),
+        chance=1 / num_keys,  # values differ, and one that no key has is no answer
         model_fields={
             "architecture": "token_classification",
             "vocab_size": options.vocab_size,
@@ -279,14 +288,16 @@ class CompressionTask(TableTask):
             labels[:, -1] = rows % self._places * self._kinds + sequences[rows, rows % self._places]
             return {"input_ids": _table(tokens, tokens)["input_ids"], "labels": torch.from_numpy(labels.astype(np.int32))}  # fmt: skip
 
+        held_out = part("held_out", options.held_out_size, 1)
+        sequences = held_out["input_ids"].numpy()[:, :-1]
         super().__init__(
             name="mad-compression",
             train=part("train", options.train_size, self._places),
-            held_out=part("held_out", options.held_out_size, 1),
+            held_out=held_out,
             description=f"MAD's compression: {self._places} tokens read from the state of the one behind them, {options.train_size:,} sequences for "
             f"training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,
-            chance=1 / self._kinds,
+            chance=commonest_shown(sequences, sequences, self._kinds),
             model_fields={
                 "architecture": "token_classification",
                 "vocab_size": options.vocab_size,

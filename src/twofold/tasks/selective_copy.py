@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, TableTask, TaskKind, distinct, generator
+from twofold.tasks.task import IGNORED, TableTask, TaskKind, commonest_shown, distinct, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +57,16 @@ class SelectiveCopyTask(TableTask):
     """A causal model labels every place; only the last ``num_tokens`` are scored, each with one of V - 2 tokens."""
 
     def __init__(self, name: str, options: SelectiveCopyOptions) -> None:
+        held_out = _examples(name, options, "held_out", options.held_out_size)
+        tokens, copied = held_out["input_ids"].numpy(), held_out["labels"].numpy()[:, -options.num_tokens :]
         super().__init__(
             name=name,
             train=_examples(name, options, "train", options.train_size),
-            held_out=_examples(name, options, "held_out", options.held_out_size),
+            held_out=held_out,
             description=f"Selective copying in {'MAD' if name.startswith('mad') else 'Mamba'}'s manner: {options.num_tokens} of {options.length:,} "
             f"tokens, {options.vocab_size} kinds, {options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,
-            chance=1 / (options.vocab_size - 2),
+            chance=commonest_shown(tokens, copied, options.vocab_size - 2),
             model_fields={
                 "architecture": "token_classification",
                 "vocab_size": options.vocab_size,

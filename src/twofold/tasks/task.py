@@ -200,3 +200,12 @@ def commonest_so_far(tokens: np.ndarray, labels: np.ndarray, allowed: np.ndarray
         token = tokens[:, place].astype(np.int64)
         counts[rows, np.minimum(token, counts.shape[1] - 1)] += np.isin(token, answers)
     return right / int((labels != IGNORED).sum())
+
+
+def commonest_shown(tokens: np.ndarray, answers: np.ndarray, kinds: int) -> float:
+    """The share of ``answers`` [N, A] that are the commonest of the first ``kinds`` tokens in their row of ``tokens`` [N, T].
+
+    That is a guess that uses all that is shown and nothing of what is asked. Of several that are equally common the smallest is guessed.
+    """
+    guesses = [np.bincount(row[row < kinds], minlength=kinds).argmax() for row in tokens]
+    return float((answers == np.array(guesses)[:, None]).mean())
