@@ -192,7 +192,8 @@ def scored(values: dict[str, list[float]], chance: float | None = 0.5) -> dict[S
 
 def test_a_score_near_chance_is_no_information_and_one_far_from_it_is():
     rows = {row.variant: row for row in compare(scored({"a": [0.9, 0.91, 0.92], "b": [0.5, 0.51, 0.52], "c": [0.2, 0.6, 0.9], "d": [0.1, 0.1, 0.1]}), "a")}  # fmt: skip
-    assert {name: row.at_chance for name, row in rows.items()} == {"a": False, "b": True, "c": True, "d": True}
+    # "c" has seeds that no guesses explain, however wide its interval.
+    assert {name: row.at_chance for name, row in rows.items()} == {"a": False, "b": True, "c": False, "d": True}
     assert not any(row.at_chance for row in compare(scored({"a": [0.5, 0.5]}, chance=None), "a"))
     assert math.isnan(rows["a"].detectable)
     assert math.isnan(

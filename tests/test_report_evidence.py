@@ -17,7 +17,7 @@ from twofold.report.evidence import evidence, is_at_chance, power_statement, sen
 from twofold.report.summary import Summary
 from twofold.study.record import StudyRecord
 from twofold.study.results import Results
-from twofold.study.statistics import Interval, detectable_difference, paired_difference, share_error
+from twofold.study.statistics import Interval, detectable_difference, interval, paired_difference, share_error
 
 QUOTE = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "quote.py"))
 
@@ -54,19 +54,31 @@ def shown(mean: float, half: float = 0.01) -> Interval:
     return Interval(mean=mean, low=mean - half, high=mean + half, n=3, method="")
 
 
-def test_a_score_is_told_from_chance_only_by_seeds_and_examples_both():
+def test_a_score_is_told_from_chance_by_examples():
     assert not is_at_chance(shown(0.6), 0.5, 500)
-    assert is_at_chance(shown(0.6, half=0.2), 0.5, 500)  # by seeds it is not
-    assert is_at_chance(shown(0.53), 0.5, 500)  # by examples it is not: 1.96 · 0.0224 = 0.044
+    assert is_at_chance(shown(0.53), 0.5, 500)  # 1.96 · 0.0224 = 0.044
     assert not is_at_chance(shown(0.53), 0.5, 5_000)
-    assert not is_at_chance(shown(0.53), 0.5, 0)  # nobody knows of the examples
     assert is_at_chance(shown(0.2), 0.5, 500)
     assert not is_at_chance(Interval(mean=0.9, low=math.nan, high=math.nan, n=1, method=""), 0.5, 500)
+    # Nobody knows of the examples: the seeds decide.
+    assert not is_at_chance(shown(0.53), 0.5, 0)
+    assert is_at_chance(shown(0.53, half=0.1), 0.5, 0)
+    assert is_at_chance(shown(0.4), 0.5, 0)
+
+
+def test_guesses_are_at_chance_and_one_seed_of_three_that_learnt_is_not():
+    """What three guessers have on one held-out set is called chance as often as is said; a mean that no guesses give is not, however far seeds are apart."""
+    draws = np.random.default_rng(0)
+    guesses = draws.binomial(500, 0.2, size=2_000) / 500  # the same guess in all seeds: the mean varies as much as one
+    assert np.mean([is_at_chance(shown(mean), 0.2, 500) for mean in guesses]) == pytest.approx(0.975, abs=0.02)
+    learnt = interval([0.19, 0.21, 0.9])
+    assert learnt.low < 0.2
+    assert not is_at_chance(learnt, 0.2, 500)
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scores about 0.4 at a chance of 0.3, but for one variant at 0.3; 2,000 examples."""
+    """Scores about 0.4 at a chance of 0.3, but for one variant at 0.3, and one of which a single seed is above it; 2,000 examples."""
     folder = tmp_path_factory.mktemp("evidence")
     write_study(folder, complete=True)
     told = json.loads((folder / "study.json").read_text())
@@ -77,6 +89,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         outcome = json.loads(file.read_text())
         outcome["scores"]["accuracy"] = 0.3 + 0.002 * (seed - 1)
         file.write_text(json.dumps(outcome))
+    file = folder / "runs" / "recall" / "kv-tied" / "seed-2" / "outcome.json"
+    outcome = json.loads(file.read_text())
+    outcome["scores"]["accuracy"] = 0.9
+    file.write_text(json.dumps(outcome))
     return folder
 
 
@@ -90,6 +106,7 @@ def test_the_report_says_chance_error_power_and_who_is_at_chance(study: Path):
     means = {name: sum(values.values()) / 3 for name, values in scores.items()}
     assert min(mean for name, mean in means.items() if name != "one") > 0.35
     assert [variant.name for variant in found.at_chance] == ["one"]
+    assert [variant.name for variant in found.uneven] == ["kv-tied"]
     assert found.largest_error == pytest.approx(max(math.sqrt(p * (1 - p) / 2_000) for p in means.values()))
     wanted = []
     for name in set(scores) - {"mha"}:
@@ -101,12 +118,15 @@ def test_the_report_says_chance_error_power_and_who_is_at_chance(study: Path):
     assert "2,000 held-out examples" in said[1]
     assert "With 3 seeds a true difference of" in said[2]
     assert said[3] == "At chance: no information: (Q=K=V)."
+    assert said[4] == "Above chance on average, by seeds so different that their interval holds it: (Q, K=V)."
 
 
 def test_every_form_of_the_report_holds_it_and_a_page_quotes_it(study: Path, tmp_path: Path):
     files = {path.name: path for path in report.write(study)}
     said = json.loads(files["report.json"].read_text())["sections"][1]["evidence"]
-    assert len(said) == 4
+    assert len(said) == 5
+    chance = json.loads(files["report.json"].read_text())["sections"][1]["chance"]
+    assert chance == {"level": 0.3, "examples": 2_000, "at_chance": ["one"], "uneven": ["kv-tied"]}
     assert "At chance: no information: (Q=K=V)." in files["index.html"].read_text()
     assert "At chance: no information: (Q=K=V)." in files["report.md"].read_text()
     (tmp_path / "docs" / "results").mkdir(parents=True)

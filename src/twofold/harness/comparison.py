@@ -48,7 +48,7 @@ class Row:
 
     @property
     def at_chance(self) -> bool:
-        """Whether the score is not above chance, by seeds or by examples; False where chance is not known."""
+        """Whether the score is no more than guesses give; False where chance is not known."""
         return self.chance is not None and is_at_chance(self.score, self.chance, self.examples)
 
 

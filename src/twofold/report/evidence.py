@@ -1,13 +1,15 @@
 """What a score can say at all: its chance level, its standard error over examples, and the difference that would have been seen.
 
-Three seeds share one held-out set, so two kinds of chance are at work: the seeds' (the t interval) and the examples' (the standard error of
-a share). A score is told from chance only where both exclude it.
+A guesser's score varies with the examples alone, whatever the seed, and all seeds share one held-out set. So a mean that lies above chance by more
+than these examples explain is no guess: some model has learnt something. Where the interval over seeds holds chance all the same, the
+seeds are too few or too different to say how much; that is said apart, and is another thing than no information.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from scipy import stats
 
@@ -18,6 +20,7 @@ from twofold.study.statistics import Interval, PairedDifference, detectable_diff
 POWER = 0.8
 NOTHING = 1e-12  # what rounding leaves of differences that are equal
 AT_CHANCE = "At chance: no information"
+UNEVEN = "Above chance on average, by seeds so different that their interval holds it"
 _TWO_SIDED = float(stats.norm.ppf(0.975))
 
 
@@ -26,7 +29,7 @@ class Evidence:
     """Of one section whose score is a share of right answers. ``largest_error`` is that of the variant where it is largest.
 
     ``detectable`` are the smallest true differences from the reference that would have been seen, variant by variant, least and greatest; NaN where no
-    two seeds differ. ``at_chance`` are variants whose score is not above chance.
+    two seeds differ. ``at_chance`` are variants whose score is not above chance, ``uneven`` those that are, but whose interval over seeds holds it.
     """
 
     chance: float
@@ -35,6 +38,7 @@ class Evidence:
     detectable: tuple[float, float]
     seeds: int
     at_chance: tuple[VariantSummary, ...]
+    uneven: tuple[VariantSummary, ...]
 
 
 def evidence(summary: Summary, section: Section) -> Evidence | None:
@@ -47,21 +51,23 @@ def evidence(summary: Summary, section: Section) -> Evidence | None:
         for v in section.measured
         if not v.is_reference and _deviation(v.score_difference) > NOTHING
     ]
+    at_chance = [v for v in section.measured if is_at_chance(v.score, facts.chance, facts.held_out_size)]
     return Evidence(
         chance=facts.chance,
         examples=facts.held_out_size,
         largest_error=max(share_error(v.score.mean, facts.held_out_size) for v in section.measured),
         detectable=(min(d for d, _ in seen), max(d for d, _ in seen)) if seen else (math.nan, math.nan),
         seeds=max((n for _, n in seen), default=0),
-        at_chance=tuple(v for v in section.measured if is_at_chance(v.score, facts.chance, facts.held_out_size)),
+        at_chance=tuple(at_chance),
+        uneven=tuple(v for v in section.measured if v not in at_chance and v.score.low <= facts.chance),
     )
 
 
 def is_at_chance(score: Interval, chance: float, examples: int) -> bool:
-    """Whether a score is not above ``chance``, either for the interval over seeds or for that over examples (at chance, a share's is ±1.96 errors)."""
-    by_seeds = math.isfinite(score.low) and score.low <= chance
-    by_examples = score.mean - chance <= _TWO_SIDED * share_error(chance, examples) if examples else False
-    return score.mean <= chance or by_seeds or by_examples
+    """Whether a score is no more than guesses at ``chance`` give on so many examples (their share is ±1.96 errors); where these are not known, than the seeds tell."""
+    if examples:
+        return score.mean - chance <= _TWO_SIDED * share_error(chance, examples)
+    return score.mean <= chance or score.low <= chance
 
 
 def sentences(summary: Summary, section: Section) -> list[str]:
@@ -79,7 +85,19 @@ def sentences(summary: Summary, section: Section) -> list[str]:
     told.append(power_statement(found.detectable, found.seeds, section.reference.label))
     if found.at_chance:
         told.append(f"{AT_CHANCE}: {', '.join(variant.label for variant in found.at_chance)}.")
+    if found.uneven:
+        labels = ", ".join(variant.label for variant in found.uneven)
+        told.append(f"{UNEVEN}: {labels}.")
     return told
+
+
+def as_dict(summary: Summary, section: Section) -> dict[str, Any] | None:
+    """Chance for programs; None where nothing is known of it."""
+    found = evidence(summary, section)
+    if found is None:
+        return None
+    names = {key: [variant.name for variant in getattr(found, key)] for key in ("at_chance", "uneven")}
+    return {"level": found.chance, "examples": found.examples, **names}
 
 
 def power_statement(detectable: tuple[float, float], seeds: int, reference: str) -> str:

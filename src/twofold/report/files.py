@@ -10,10 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from twofold.report import budgets, choices, controls
+from twofold.report import budgets, choices, controls, evidence
 from twofold.report.answer import answer, status
 from twofold.report.drawing import tag
-from twofold.report.evidence import sentences
 from twofold.report.forest import differences
 from twofold.report.frontier import frontier
 from twofold.report.page import figure_style, run_command
@@ -125,7 +124,8 @@ def _section(summary: Summary, section: Section) -> dict[str, Any]:
         "complete_tasks": section.complete_tasks,
         "cost": "share of the reference's cache" if section.is_grid else "cached bytes per token (bf16)",
         "answer": answer(section),
-        "evidence": sentences(summary, section),
+        "evidence": evidence.sentences(summary, section),
+        "chance": evidence.as_dict(summary, section),
         "front": [variant.name for variant in section.front],
         "front_seeds": section.front_seeds,
         "variants": variants,
