@@ -299,7 +299,7 @@ def test_rows_and_values(tmp_path: Path):
     kept = Kept(tmp_path)
     (row,) = kept.measure(RowEvidence(benchmark="step", row="a / b", below=1))  # type: ignore[misc]
     assert (row.shown, row.is_exact, row.origin.command) == (
-        exact(0.5),
+        exact(0.5, "measured once"),
         True,
         "python benchmarks/step.py --json > docs/results/step.json",
     )
@@ -335,6 +335,29 @@ def test_a_value_that_its_own_file_doubts_decides_nothing(tmp_path: Path):
     assert "| undecided: a guess |" in page.text([judgement], Kept(tmp_path), tmp_path / "claims.md")
     (tmp_path / "l.json").write_text(json.dumps(law | {"is_pinned": False}))
     assert claims.judge(one, Kept(tmp_path)).verdict == "confirmed at this scale"
+
+
+def test_two_guessers_confirm_nothing(kept: tuple[Kept, Results], tmp_path: Path):
+    """Two ties that have not learnt a task differ by nothing: that is no evidence that one does what the other does."""
+    values = json.loads((kept[0].folder / "whole" / "report.json").read_text())
+    (tmp_path / "whole").mkdir()
+    evidence = StudyEvidence(
+        study="whole", section="recall", variant="one", measure="score difference", between=(-1.0, 1.0)
+    )
+    for at_chance, outcome in ((["mha", "one"], "undecided"), (["one"], "confirmed"), ([], "confirmed")):
+        values["sections"][1]["chance"] = {"level": 0.4, "examples": 500, "at_chance": at_chance, "uneven": []}
+        (tmp_path / "whole" / "report.json").write_text(json.dumps(values))
+        (check,) = claims.judge(claim(evidence), Kept(tmp_path)).checks
+        assert check.outcome == outcome
+        assert bool(check.measured.doubt) == (outcome == "undecided")
+
+
+def test_what_was_measured_once_is_not_called_free_of_chance(tmp_path: Path):
+    (tmp_path / "step.json").write_text(json.dumps([{"name": "a / b", "value": 0.5, "unit": "ratio"}]))
+    once = RowEvidence(benchmark="step", row="a / b", below=1)
+    sure = CountedEvidence(preset="paper-300m", model={"tie": "(Q, K=V)"}, quantity="cached tensors", between=(1, 1))
+    checks = claims.judge(claim(once, sure), Kept(tmp_path)).checks
+    assert [wording.power(check) for check in checks] == ["measured once", "no chance in it"]
 
 
 def test_what_follows_from_sizes_is_counted():

@@ -113,7 +113,8 @@ class Kept:
 
     def _once(self, what: str, value: float, unit: str, command: str, file: str) -> Measured:
         origin = self._origin(command, file)
-        return Measured(what=what, shown=exact(value), unit=unit, origin=origin, is_exact=True, is_difference=False)
+        shown = exact(value, "measured once")
+        return Measured(what=what, shown=shown, unit=unit, origin=origin, is_exact=True, is_difference=False)
 
     def _origin(self, command: str, file: str) -> Origin:
         return Origin(command=command, page=file, digest=self._files[file][1])

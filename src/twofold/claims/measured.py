@@ -29,7 +29,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One result: ``what`` in words, the mean with its interval, and its unit. ``is_exact``: counted or measured once, so without chance.
+    """One result: ``what`` in words, the mean with its interval, and its unit. ``is_exact``: counted, so without chance, or measured once.
 
     ``doubt`` is why it decides nothing, if it does not.
     """
@@ -50,9 +50,9 @@ class Missing:
     reason: str
 
 
-def exact(value: float) -> Interval:
-    """A number without chance."""
-    return Interval(mean=value, low=value, high=value, n=1, method="")
+def exact(value: float, method: str = "") -> Interval:
+    """A number without an interval: without chance, or ``method`` says why there is none."""
+    return Interval(mean=value, low=value, high=value, n=1, method=method)
 
 
 def from_json(values: Mapping[str, Any]) -> Interval:

@@ -94,6 +94,7 @@ class Report:
             origin=self.origin(section),
             is_exact=evidence.measure == "cache ratio",
             is_difference=is_difference,
+            doubt=_guesses(evidence, section, against),
         )
 
     def _shown(self, evidence: StudyEvidence, section: Values, own: Values, other: Values) -> Interval:
@@ -152,6 +153,13 @@ def _caution(section: Values) -> str:
     labels = {variant["name"]: variant["label"] for variant in section.get("variants", ())}
     failed = [labels[control["variant"]] for control in section.get("controls", ()) if control["came_out"] is False]
     return f"not as promised on {section['title']}: the control {' and '.join(failed)}" if failed else ""
+
+
+def _guesses(evidence: StudyEvidence, section: Values, against: str) -> str:
+    """Why a difference of scores says nothing: both are those of guessers. A report of an earlier version does not say who guesses."""
+    at_chance = (section.get("chance") or {}).get("at_chance", ())
+    is_score = evidence.measure == "score difference" and not evidence.metric
+    return "both are at chance: no information" if is_score and {evidence.variant, against} <= set(at_chance) else ""
 
 
 def _sections(report: Values, pattern: str) -> Iterator[Values]:

@@ -31,7 +31,7 @@ def plain_number(value: float) -> str:
 def power(check: Check) -> str:
     """The smallest difference that would have been seen, or why there is none to be told."""
     if check.measured.is_exact:
-        return "no chance in it"
+        return check.measured.shown.method or "no chance in it"
     if not math.isfinite(check.power):
         return "one seed" if check.measured.shown.n == 1 else "not known"
     if check.power == 0:
