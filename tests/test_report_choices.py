@@ -266,6 +266,7 @@ def test_the_page_and_the_text_say_which_point_it_was_and_what_is_missing(tuned:
             "Each variant is run at its own best learning rate (lr1, lr4, lr16), by the mean held-out loss over seed 0."
             in text
         )
+        assert "Seed 0, which chose, is among the results, where the best of 3 flatters each variant a little." in text
         assert "The choice is open for 1 of 8, whose tuning runs have not all ended: MQA." in text
         assert "At no point were all runs done, so there is no choice: (Q=K=V)." in text
         assert "Chosen at the edge, so a better point may lie beyond: (Q=K, V)." in text

@@ -7,7 +7,7 @@ from typing import Any
 
 from twofold.report.numbers import byte_count, common_decimals, share, with_interval
 from twofold.report.summary import Section, Summary, VariantSummary
-from twofold.study.statistics import best_frequency
+from twofold.study.statistics import MAX_EXACT_RESAMPLES, best_frequency
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
 # The loss of a causal model of text, for which a cache is held.
@@ -90,13 +90,25 @@ def as_dicts(summary: Summary, section: Section) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def alike(seeds: int) -> float:
+    """How often one of two equal variants is the better in each of so many seeds, and so in all of their resamples, among which each seed is alone once.
+
+    >>> alike(3), alike(5)
+    (0.25, 0.0625)
+    """
+    return 2.0 ** (1 - seeds)
+
+
 def note(summary: Summary, section: Section) -> str:
     """What the shares of the table rest on."""
     seeds = [budget.seeds for budget in budgets(summary, section) if budget.variants]
     fewest = min(seeds, default=0)
     if fewest < 2:
         return "Too few seeds are done for all variants to say how surely the first is the best."
-    return (
+    told = (
         f"Chosen by its result, so its loss flatters it a little; “best in” is the share of bootstrap resamples of {fewest} seeds "
         "in which it has the lowest mean among all that need no more."
     )
+    if fewest**fewest > MAX_EXACT_RESAMPLES:
+        return told
+    return f"{told} Of two that are alike in truth, one is the best in all resamples of {fewest} seeds in {share(alike(fewest))} of studies."

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from twofold.report.summary import Section
+from twofold.report.summary import Section, Summary
 from twofold.study.tuning import Choice
 
 
-def facts(section: Section) -> str:
+def facts(summary: Summary, section: Section) -> str:
     """How the points of a section were chosen, and what is missing; empty where none is tuned."""
     if not section.choices:
         return ""
@@ -22,6 +22,11 @@ def facts(section: Section) -> str:
     told = [
         f"Each variant is run at its own best {listed}, by the mean held-out loss over seed{'s' * (len(contest.choosing_seeds) > 1)} {seeds}."
     ]
+    if shared := [seed for seed in contest.choosing_seeds if seed in summary.plan.seeds]:
+        told.append(
+            f"Seed{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}, which chose, {'are' if len(shared) > 1 else 'is'} among the results, "
+            f"where the best of {len(contest.tasks)} flatters each variant a little."
+        )
     labels = {variant.name: variant.label for variant in section.variants}
 
     def names(choices: Sequence[Choice]) -> str:

@@ -58,7 +58,7 @@ def _part(part: Part) -> list[str]:
 
 
 def _section(summary: Summary, section: Section) -> list[str]:
-    about = f"{section.description} {rows.facts(summary, section)} {choices.facts(section)}"
+    about = f"{section.description} {rows.facts(summary, section)} {choices.facts(summary, section)}"
     parts = [f"## {escape(section.title)}", escape(about)]
     if not section.measured:
         return [*parts, "No run of this task has ended yet."]

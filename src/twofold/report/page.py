@@ -108,7 +108,7 @@ def _view(summary: Summary, section: Section, *, is_one_of_many: bool) -> dict[s
         "facts": rows.facts(summary, section),
         "answer": answer(section),
         "evidence": sentences(summary, section),
-        "tuning": choices.facts(section),
+        "tuning": choices.facts(summary, section),
         "controls": [
             (controls.sentence(c, section.loss_metric), controls.came_out(c) is False) for c in section.controls
         ],
