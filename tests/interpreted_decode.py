@@ -378,7 +378,8 @@ def test_an_empty_batch():
     output = triton_decode.attend(Inputs(query=query, key=key, value=key, mask=Mask(causal=True), scale=1.0))
     assert output.shape == (0, 4, 1, 16)
     nothing = torch.zeros(1, 2, 0, 16, dtype=torch.bfloat16, device=DEVICE)
-    inputs = Inputs(query=query.new_ones(1, 4, 1, 16), key=nothing, value=nothing, mask=Mask(causal=True), scale=1.0)
+    mask = Mask(causal=True, lengths=torch.tensor([0], device=DEVICE))
+    inputs = Inputs(query=query.new_ones(1, 4, 1, 16), key=nothing, value=nothing, mask=mask, scale=1.0)
     assert not triton_decode.attend(inputs).any()
 
 

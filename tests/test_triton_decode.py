@@ -134,7 +134,7 @@ def ints(*shape: int) -> torch.Tensor:
         ({"key_rotation": rotation(9, 8, 9)}, "8 pairs of dimensions 9 apart do not lie in a head of 16"),
         ({"key_rotation": steady(8, 8)}, "steady cosine has the shape (8, 8), and (9, 8) or (2, 1, 9, 8) is wanted"),
         ({"key_rotation": steady(9, 7)}, "steady cosine has the shape (9, 7)"),
-        ({"query": torch.zeros(2, 4, 10, 16, dtype=torch.bfloat16)}, "10 queries are not those of the last of 9 keys"),
+        ({"query": torch.zeros(2, 4, 10, 16, dtype=torch.bfloat16)}, "its queries are the last of the text"),
         ({"sinks": torch.zeros(4, requires_grad=True)}, "it has no gradient"),
         ({"key_scale": torch.zeros(16, requires_grad=True)}, "it has no gradient"),
         ({"value": torch.zeros(2, 2, 9, 16, dtype=torch.bfloat16, requires_grad=True)}, "it has no gradient"),

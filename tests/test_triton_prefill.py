@@ -83,6 +83,7 @@ def runs_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"has_positions": True}, "positions"),
         ({"soft_cap": 3.0}, "a soft cap"),
         ({"has_sinks": True}, "sinks"),
+        ({"num_queries": 65}, "its queries are the last of the text"),
     ],
 )
 def test_it_says_why_it_does_not_serve(changes: dict[str, Any], reason: str):
@@ -170,7 +171,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cpu")
         ({"query": zeros(2, 3, 48, 16)}, "Keys (2, 2, 64, 16) do not fit queries (2, 3, 48, 16)"),
         ({"query": zeros(3, 4, 48, 16)}, "batch and head_dim must be equal"),
         ({"query": zeros(2, 4, 48, 24)}, "batch and head_dim must be equal"),
-        ({"query": zeros(2, 4, 65, 16)}, "65 queries cannot be those of the last of 64 keys"),
+        ({"query": zeros(2, 4, 65, 16)}, "its queries are the last of the text"),
         ({"query": zeros(2, 4, 48, 16, dtype=torch.float16)}, "are float16, bfloat16: triton_prefill wants one"),
         ({"value": zeros(2, 2, 64, 24)}, "Values (2, 2, 64, 24) do not fit keys (2, 2, 64, 16)"),
         ({"key_scale": zeros(15)}, "key_scale has the shape (15,), but must be (16,)"),

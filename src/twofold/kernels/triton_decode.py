@@ -108,8 +108,6 @@ def _check_others(inputs: Inputs, sizes: tuple[int, int, int, int]) -> None:
     batch, heads, num_queries, num_keys = sizes
     rows, kv_heads, row_keys, head_dim = inputs.key.shape
     mask, extension = inputs.mask, inputs.key_extension
-    if 0 < num_keys < num_queries and mask.positions is None and mask.lengths is None:
-        raise _misfit(f"{num_queries} queries are not those of the last of {num_keys} keys")
     whole = (torch.int32, torch.int64)
     if extension is not None:
         _fits("key_extension", extension, (batch, 1, num_keys, extension.shape[-1]), (inputs.query.dtype,))

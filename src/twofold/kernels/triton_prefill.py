@@ -53,6 +53,8 @@ def supports(problem: Problem) -> str:
     }
     if given := ", ".join(name for name, it_has in has.items() if it_has):
         return f"it does not know: {given}"
+    if problem.is_longer_than_keys:
+        return "its queries are the last of the text that the keys are of"
     if torch.compiler.is_exporting():
         return "other programs, which a model is exported for, do not know it"
     if problem.dtype not in DTYPES or problem.key_dtype != problem.dtype:
@@ -285,15 +287,11 @@ def _check(streams: Streams, rotation: Rotation | None) -> None:
     query, key, value = streams.query, streams.key, streams.value
     if query.ndim != 4 or key.ndim != 4:
         raise TwofoldError(f"Attention wants queries and keys of 4 dimensions, and got {query.ndim} and {key.ndim}.")
-    batch, heads, num_queries, head_dim = query.shape
+    batch, heads, _, head_dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
     if (key.shape[0], key.shape[3]) != (batch, head_dim) or not kv_heads or heads % kv_heads:
         raise TwofoldError(
             f"Keys {tuple(key.shape)} do not fit queries {tuple(query.shape)}: batch and head_dim must be equal, and KV heads divide the heads."
-        )
-    if num_queries > num_keys:
-        raise TwofoldError(
-            f"{num_queries} queries cannot be those of the last of {num_keys} keys: use at least as many keys."
         )
     if value is not None and value.shape != key.shape:
         raise TwofoldError(
