@@ -75,7 +75,8 @@ class StudyEvidence(Rule):
     A difference is ``variant`` minus ``against`` (empty: the study's reference). A relative loss difference is in percent of the mean loss of
     ``against``: how much longer a text's code becomes, whatever its unit. ``minus`` is
     another task, whose difference is subtracted seed by seed: does it grow from there to here? ``metric`` names another score than the section's own, as a column of
-    runs.csv. ``only`` are the selectors with which this part of a large study is run.
+    runs.csv. ``only`` are the selectors with which this part of a large study is run. A difference between the scores of two that are both at chance
+    decides nothing.
     """
 
     study: str
