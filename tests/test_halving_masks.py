@@ -116,9 +116,52 @@ def test_every_key_that_is_seen_stands_where_it_stood(
     else:
         seen, where = seen[:, total - kept :], positions[total - kept :]
     mask = torch.where(seen, -0.25, torch.finfo(torch.float32).min) if floats else seen
-    visible, given = seen.any(dim=0), positions[None, total - new :]
+    visible, given = seen[real[total - new :]].any(dim=0), positions[None, total - new :]
     for rows, texts in ((1, 1), (1, 2), (2, 1)):  # of positions and of masks
         found = key_positions(seen.shape[1], total, given.repeat(rows, 1), mask.repeat(texts, 1, 1, 1))
         assert found.shape[0] == max(rows, texts)
         assert all(torch.equal(row[visible], where[visible]) for row in found)
     assert torch.equal(is_seen(mask), seen)
+
+
+PARENTS = (-1, 0, 0, 1, 1, 2, 3, 5, 5, 6)
+"""Of drafts: the first follows the text, the second and third are two ways to go on after it, and so forth."""
+CUTS = ((0, 6), (6, 9), (9, 10))
+"""The drafts of each pass: those of the second go on from branches of the first, those of the third from one of the second."""
+
+
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("padding", [0, PADDING])
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "llama", "gpt_neox"])
+@torch.no_grad()
+def test_drafts_that_are_a_tree(name: str, padding: int, added: bool):
+    """Siblings stand at one position, in one pass and in those after it, and see none of each other."""
+    model = gemma(sliding_window=64) if name == "gemma" else randomized(MULTI_HEAD[name]())
+    text, drafts = tokens(2, FIRST), tokens(2, len(PARENTS), seed=1)
+    mask = torch.ones(2, FIRST, dtype=torch.bool)
+    mask[0, :padding] = False
+    ancestors = torch.zeros(len(PARENTS), len(PARENTS), dtype=torch.bool)
+    for node, parent in enumerate(PARENTS):
+        ancestors[node] = ancestors[parent] if parent >= 0 else False
+        ancestors[node, node] = True
+    positions = mask.sum(-1, keepdim=True) + ancestors.sum(-1) - 1
+
+    def read() -> list[Tensor]:
+        counted = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = cache_of(model(text, attention_mask=mask.long(), position_ids=counted, use_cache=True))
+        logits = []
+        for begin, until in CUTS:
+            seen = ancestors[begin:until, :until].expand(2, 1, -1, -1)
+            seen = torch.cat((mask[:, None, None].expand(-1, -1, until - begin, -1), seen), dim=-1)
+            given: Any = torch.where(seen, 0.0, added_mask("plain", 1).min()) if added else seen
+            if name == "gemma":
+                given = dict.fromkeys(model.config.layer_types, given)
+            asked = {"attention_mask": given, "position_ids": positions[:, begin:until]}
+            logits.append(model(drafts[:, begin:until], **asked, **going_on(model, cache)).logits)
+        return logits
+
+    with norms_in_float64():
+        before = read()
+        halve(model)
+        for expected, found in zip(before, read(), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -98,25 +98,34 @@ def key_positions(
 ) -> Tensor:
     """Where each of S cached keys stands, [B or 1, S], given the positions [B or 1, T] of the new tokens, the last of ``total`` that have been read.
 
-    Tokens of a text are successive, so a key stands as far before the last token as its slot is before that one's; the last slot is that of the last
-    token where a window has let go of earlier ones. A token that stands before its slot counts only the tokens that are no padding, as ``generate``
-    counts: so does every key, and the mask [B or 1, 1 or H, T, S] says which slots are padding, in the middle of a text too. Slots that nobody sees get
-    some position or other that the table has.
+    New keys stand where they are said to stand. An older one stands before a new token that sees it. Tokens of a text are successive, so it is as far
+    before that one as its slot is before that one's; where a window has let go of earlier ones, too. But a token that stands before its slot counts only the
+    tokens that it sees, as ``generate`` counts those that are no padding: so does every key before it, and the mask [B or 1, 1 or H, T, S] says which
+    slots it does not see, padding in the middle of a text and the other branches of a tree among them. Slots that nobody sees get some position or other
+    that the table has.
     """
     slots, num_new = torch.arange(num_keys, device=position_ids.device), position_ids.shape[1]
     filled = total.clamp(max=num_keys) if isinstance(total, Tensor) else min(total, num_keys)
+    own = slots[:num_new] + (filled - num_new)  # the slots of the new tokens
     if attention_mask is None:
-        return (slots - (filled - 1) + position_ids[:, -1:]).clamp(min=0)
-    batch = max(len(position_ids), len(attention_mask))
-    seen = is_seen(attention_mask)[:, 0].any(dim=-2).expand(batch, -1)
-    # The last of the new tokens that is no padding, the position of which may be any.
-    latest = torch.zeros_like(position_ids[:, :1]).expand(batch, -1)
+        older = slots - own[0] + position_ids[:, :1]
+    else:
+        batch = max(len(position_ids), len(attention_mask))
+        position_ids = position_ids.expand(batch, -1)
+        seen = is_seen(attention_mask)[:, 0].expand(batch, -1, -1)
+        themselves = own[None, :, None].expand(batch, -1, 1)
+        # [B, S], the first of the new tokens that sees a key, and itself: padding, which may stand anywhere, does not.
+        asking = (seen & seen.gather(2, themselves)).byte().argmax(dim=1)
+        place, position = own[asking], position_ids.gather(1, asking)
+        counted = seen.cumsum(dim=-1, dtype=torch.int32)
+        up_to_itself = counted.gather(2, themselves)[..., 0].gather(1, asking)
+        by_count = counted.gather(1, asking[:, None])[:, 0] - up_to_itself + position
+        older = torch.where(position < place + (total - filled), by_count, slots - place + position)
     if num_new > 1:
-        latest = (seen[:, slots[:num_new] + (filled - num_new)] * slots[:num_new]).argmax(dim=-1, keepdim=True)
-    last, slot = position_ids.expand(batch, -1).gather(1, latest), filled - num_new + latest
-    counted = seen.long().cumsum(dim=-1)
-    by_count, by_slot = counted - counted.gather(1, slot) + last, slots - slot + last
-    return torch.where(last < total - num_new + latest, by_count, by_slot).clamp(min=0)
+        index = slots - own[0]
+        new = position_ids.gather(1, index.clamp(0, num_new - 1).expand(len(position_ids), -1))
+        older = torch.where((index >= 0) & (index < num_new), new, older)
+    return older.clamp(min=0)
 
 
 def is_seen(attention_mask: Tensor) -> Tensor:
