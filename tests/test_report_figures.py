@@ -6,12 +6,14 @@ import doctest
 import math
 import re
 from importlib import resources
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 
-from twofold.report import answer, drawing, markers, numbers
+from twofold.report import answer, drawing, frontier, markers, numbers
 from twofold.study.statistics import Interval, PairedDifference, paired_difference
 
 FINITE = st.floats(-1e6, 1e6, allow_nan=False)
@@ -179,6 +181,22 @@ def test_labels_keep_off_the_front_where_they_can():
     room = markers.Box(left=50, right=880, top=20, bottom=420)
     assert not markers.place([anchor], [], [line], room)[0].box.meets(line)
     assert markers.place([anchor], [], [room], room)  # but rather on a line than nowhere
+
+
+@pytest.mark.parametrize("width", [344, 880])
+@pytest.mark.parametrize("longest", [5, 40, 60])
+def test_what_numbers_stand_for_ends_within_the_figure(width: float, longest: int):
+    labels = ["x" * length for length in (4, 3, longest, 5)]
+    points = [
+        frontier._Point(variant=SimpleNamespace(label=label, kind="tie", is_reference=False), x=0.0, column=0.0, y=0.0, is_beyond=False)
+        for label in labels
+    ]  # fmt: skip
+    drawn = str(Markup().join(frontier._key(points, width, 400.0)))
+    for label in labels:
+        found = re.search(rf'<text x="([\d.]+)"[^>]*>{label}<', drawn)
+        assert found
+        assert float(found[1]) + drawing.text_width(label, markers.LABEL_SIZE) <= max(width, 40 + drawing.text_width(label, markers.LABEL_SIZE))  # fmt: skip
+    assert float(max(re.findall(r' y="([\d.]+)"', drawn), key=float)) <= 400 + frontier._key_height(points, width)
 
 
 def test_boxes_that_overlap_are_found():

@@ -50,7 +50,7 @@ def frontier(section: Section, width: float = 880, height: float = 460, *, stati
     x = _cost_scale(section, width)
     points = _points(variants, x, y)
     placed, keyed = _placed(points, width, height, y)
-    key = _key([points[index] for index in keyed], width, height)
+    key = [points[index] for index in keyed]
     right = width - 8
     axis = f"{metric_name(section.loss_metric)}, held out (lower is better)"
     parts = [
@@ -68,10 +68,10 @@ def frontier(section: Section, width: float = 880, height: float = 460, *, stati
         group([_error_bar(point, y) for point in points]),
         group([_drawn(point, section, static=static) for point in points]),
         *markers.labels(placed),
-        *key,
+        *_key(key, width, height),
         *(_legend(section, width, height) if static else ()),
     ]
-    return svg(parts, width, height + _key_height(len(keyed), width), label=alternative(section), class_="frontier")
+    return svg(parts, width, height + _key_height(key, width), label=alternative(section), class_="frontier")
 
 
 def outliers(section: Section) -> set[str]:
@@ -282,7 +282,7 @@ def _legend(section: Section, width: float, height: float) -> list[Markup]:
 
 def _key(points: Sequence[_Point], width: float, height: float) -> list[Markup]:
     """What the numbers stand for, under the plot."""
-    columns = _key_columns(width)
+    columns = _key_columns(points, width)
     parts = []
     for place, point in enumerate(points):
         x = 4 + (place % columns) * width / columns
@@ -293,9 +293,11 @@ def _key(points: Sequence[_Point], width: float, height: float) -> list[Markup]:
     return parts
 
 
-def _key_columns(width: float) -> int:
-    return max(1, int(width // 260))
+def _key_columns(points: Sequence[_Point], width: float) -> int:
+    """As many as have room for the longest label."""
+    longest = max((text_width(point.variant.label, markers.LABEL_SIZE) for point in points), default=0.0)
+    return max(1, int(width // max(260, 44 + longest)))
 
 
-def _key_height(points: int, width: float) -> float:
-    return 20.0 * math.ceil(points / _key_columns(width)) + 6 if points else 0.0
+def _key_height(points: Sequence[_Point], width: float) -> float:
+    return 20.0 * math.ceil(len(points) / _key_columns(points, width)) + 6 if points else 0.0
