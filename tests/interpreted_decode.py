@@ -466,10 +466,12 @@ def calls_seen(monkeypatch: pytest.MonkeyPatch) -> list[Inputs]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("window", [0, 9])
-@pytest.mark.parametrize("max_tokens", [0, 40])
+@pytest.mark.parametrize(
+    "held", [CacheSpec(), CacheSpec(max_tokens=40), CacheSpec(max_tokens=40, bits=8, axis="head")], ids=str
+)
 @pytest.mark.parametrize("positions", [LearnedPositions(length=64), RotaryPositions(), SharedRotaryPositions(dim=8)])
-def test_our_models_decode_with_it(positions: PositionScheme, max_tokens: int, window: int, calls_seen: list[Inputs]):
-    """From caches that grow, that have room, and that are rings."""
+def test_our_models_decode_with_it(positions: PositionScheme, held: CacheSpec, window: int, calls_seen: list[Inputs]):
+    """From caches that grow, that have room, that are rings, and from codes."""
     spec = preset("tiny").with_changes(
         tie="(Q, K=V)", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, head_dim=16,
         intermediate_size=33, positions=positions, window_tokens=(window, 0), vocab_size=50,
@@ -477,7 +479,7 @@ def test_our_models_decode_with_it(positions: PositionScheme, max_tokens: int, w
     model = build_model(spec, seed=0).eval().to(torch.bfloat16).to(DEVICE)
     other = build_model(spec, seed=0, backend="reference").eval().to(torch.bfloat16).to(DEVICE)
     text = torch.randint(50, (2, 24), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    caches = [TiedCache(spec, CacheSpec(max_tokens=max_tokens)) for _ in range(2)]
+    caches = [TiedCache(spec, held) for _ in range(2)]
     with torch.no_grad():
         for part in (text[:, :20], *text[:, 20:].split(1, dim=1)):
             found, wanted = (
@@ -487,6 +489,8 @@ def test_our_models_decode_with_it(positions: PositionScheme, max_tokens: int, w
             torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
     assert len(calls_seen) == 2 * 4
     assert all(inputs.shares_value for inputs in calls_seen)
+    codes = {inputs.key.dtype == torch.int8 for inputs in calls_seen if not inputs.mask.window_tokens}
+    assert codes == {held.axis == "head"}
 
 
 @pytest.mark.filterwarnings("ignore")
