@@ -103,6 +103,8 @@ def test_streams_are_codes_and_scales_and_a_shared_key_is_as_computed(held: str,
             for shape, dtype in (((heads, dim), torch.int8), ((heads, 1), torch.float32))
         ] + ([(1, extension, torch.float32)] if extension else [])
         assert [(s.shape[1], s.shape[3], s.dtype) for s in layer.streams] == shapes
+        assert layer.keys is layer.streams[0]
+        assert layer.values is layer.streams[2 if len(layer.streams) > 2 else 0]
 
 
 @torch.no_grad()

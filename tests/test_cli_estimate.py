@@ -50,7 +50,8 @@ def test_a_preset_is_a_table_of_ties_and_quantizations():
     assert "305.5M parameters; 64 sequences of 2,048 tokens, bf16" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if "%" in line or "same" in line]
     assert [row[-5:-3] for row in rows if "bf16" in row] == [["same", "10.6"], ["-50.0%", "5.53"]]
-    assert len(rows) == 6
+    assert ["codes" in row for row in rows] == [False, True, False, False] * 2
+    assert len(rows) == 8
     assert "longest" not in done.stdout
 
 

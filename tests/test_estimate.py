@@ -24,7 +24,7 @@ from twofold.cache import TiedCache
 from twofold.cache_spec import CacheSpec
 from twofold.cost import DTYPE_BYTES, cache_bytes, parameters
 from twofold.errors import TwofoldError
-from twofold.estimate import MOST, Question, cache_of, engine, estimate_layers, estimate_spec
+from twofold.estimate import MOST, Holding, Question, cache_of, engine, estimate_layers, estimate_spec
 from twofold.estimate.engine import inspect
 from twofold.estimate.fields import expanded, read_layers
 from twofold.estimate.layers import CachedTensor, LayerCache, group_size, pair, prompt_bytes
@@ -227,20 +227,25 @@ def test_nothing_to_tie_is_nothing_more_to_show():
 # Tables
 
 
+def held_as(row: Holding) -> CacheSpec:
+    """The cache that a row counts."""
+    if row.bits and not row.group_size:
+        return CacheSpec(bits=row.bits, axis="head")
+    return CacheSpec(bits=row.bits, group_size=row.group_size or 32)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_table_of_ours_is_made_of_the_costs(name: str):
     question = Question(tokens=640, batch=3, dtype="fp16")
     estimate = estimate_spec(PRESETS[name], name, question)
     assert estimate.parameters == parameters(PRESETS[name])
-    assert [(row.name, row.bits) for row in estimate.holdings] == [
-        (tie, bits) for tie in ("(Q, K, V)", "(Q, K=V)") for bits in (0, 8, 4)
+    assert [(row.name, row.bits, row.group_size) for row in estimate.holdings] == [
+        (tie, *bits) for tie in ("(Q, K, V)", "(Q, K=V)") for bits in ((0, 0), (8, 0), (8, 32), (4, 32))
     ]
     for row in estimate.holdings:
         tied = PRESETS[name].with_changes(tie=row.name)
         assert row.weight_bytes == 2 * parameters(tied)
-        assert row.cache_bytes == cache_bytes(
-            tied, 640, "fp16", 3, CacheSpec(bits=row.bits, group_size=row.group_size or 32)
-        )
+        assert row.cache_bytes == cache_bytes(tied, 640, "fp16", 3, held_as(row))
         assert row.total_bytes == row.weight_bytes + row.cache_bytes
         assert row.bytes_per_token * 3 * 640 == row.cache_bytes
         assert row.longest_context is row.largest_batch is None
@@ -251,7 +256,7 @@ def test_a_table_of_ours_is_what_a_running_cache_holds():
     question = Question(tokens=7, batch=2, dtype="fp32")
     for row in estimate_spec(TINY, "tiny", question).holdings:
         model = build_model(TINY.with_changes(tie=row.name), seed=0).eval()
-        cache = TiedCache(model.config.spec, CacheSpec(bits=row.bits, group_size=row.group_size or 32))
+        cache = TiedCache(model.config.spec, held_as(row))
         with torch.no_grad():
             model(torch.zeros(2, 6, dtype=torch.long), cache=cache)
             model(torch.zeros(2, 1, dtype=torch.long), cache=cache)
@@ -302,7 +307,7 @@ def test_the_longest_text_and_the_largest_batch_fit_and_one_more_does_not(
     question, weights = Question(tokens=tokens, batch=batch, dtype=dtype, memory=memory), 1234
     estimate = estimate_layers([("any", layers)], "any", question, parameters=1, weight_bytes=weights)
     for row in estimate.holdings:
-        cache = CacheSpec(bits=row.bits, group_size=row.group_size or 32)
+        cache = held_as(row)
 
         def total(length: int, sequences: int, cache: CacheSpec = cache) -> int:
             return weights + layers_bytes(layers, length, width=DTYPE_BYTES[dtype], batch=sequences, cache=cache)

@@ -114,7 +114,8 @@ class StreamLayer(CacheLayerMixin):
     @property
     def values(self) -> Tensor | None:
         """The second stream where there are two, else the first: V is proportional to it."""
-        return self.streams[min(1, len(self.streams) - 1)] if self.streams else None
+        second = 2 if self.num_coded else 1
+        return self.streams[second if second < len(self.streams) else 0] if self.streams else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:

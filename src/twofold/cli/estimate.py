@@ -56,6 +56,7 @@ EXAMPLES = (
     Example(command="twofold estimate runs/notes --json | jq .holdings[0].cache_bytes", purpose="For programs."),
 )
 OURS = "twofold"
+CODES = "codes"
 MEANINGS: Mapping[str, str] = {
     STORED: "by Transformers' own cache",
     EXACT: "the same model; keys are turned when they are read",
@@ -197,8 +198,15 @@ def _table(estimate: Estimate) -> Table:
             else [bytes_text(holding.bytes_per_token)]
         )
         name = holding.name.replace(" | ", " |\n") if new else ""
-        table.add_row(name, f"{holding.bits} bits" if holding.bits else question.dtype, *cells)
+        table.add_row(name, _floats(holding, question.dtype), *cells)
     return table
+
+
+def _floats(holding: Holding, dtype: str) -> str:
+    """What the cache is made of."""
+    if not holding.bits:
+        return dtype
+    return f"{holding.bits} bits" if holding.group_size else CODES
 
 
 def _context(holding: Holding) -> str:
@@ -216,7 +224,11 @@ def _small_print(estimate: Estimate) -> Iterator[str]:
     for name in dict.fromkeys(holding.name for holding in estimate.holdings):
         if name in MEANINGS:
             yield f"{name[0].upper()}{name[1:]}: {MEANINGS[name]}."
-    if groups := sorted({holding.group_size for holding in estimate.holdings if holding.bits}):
+    groups = sorted({holding.group_size for holding in estimate.holdings if holding.bits})
+    if 0 in groups:
+        groups.remove(0)
+        yield f"{CODES[0].upper()}{CODES[1:]}: 8 bits as kernels read them, with a scale for each token of a head."
+    if groups:
         yield f"8 and 4 bits: with a scale and a zero point for each {' or '.join(map(str, groups))} floats."
     if question.memory:
         each = f" of each of {question.batch:,}" if question.batch > 1 else ""

@@ -24,7 +24,9 @@ from twofold.tie import TiePattern
 TIES = ("(Q, K, V)", "(Q, K=V)")
 """What a model's own tie is shown beside."""
 QUANTIZATIONS = (0, 8, 4)
-"""Bits per cached float; 0: as computed."""
+"""Bits per cached float, in groups; 0: as computed."""
+CODES = CacheSpec(bits=8, axis="head")
+"""What kernels read as it is held; caches of ours alone have it."""
 MOST = 2**40
 """Where a search ends: a cache of windows alone fits any text."""
 
@@ -53,6 +55,7 @@ class Question:
 class Holding:
     """One way to hold one cache. ``bits`` 0: as computed. Bytes per token are what one more token of one sequence adds, rounded up.
 
+    Bits without a ``group_size`` are codes that kernels read, with a scale for each token of a head.
     ``longest_context`` is that of ``batch`` sequences and ``largest_batch`` that of ``tokens`` tokens, weights beside them in the memory; None
     where no memory was given. ``context_ends`` says what ends the context: "memory", "positions" of the model, or "nothing".
     """
@@ -99,8 +102,8 @@ def estimate_spec(spec: ModelSpec, name: str, question: Question, ties: Sequence
 
     >>> from twofold.presets import PRESETS
     >>> table = estimate_spec(PRESETS["paper-300m"], "paper-300m", Question(batch=8))
-    >>> [(row.name, row.bits, row.cache_bytes // 2**20) for row in table.holdings[:4]]
-    [('(Q, K, V)', 0, 20480), ('(Q, K, V)', 8, 11520), ('(Q, K, V)', 4, 6400), ('(Q, K=V)', 0, 10240)]
+    >>> [(row.name, row.bits, row.group_size, row.cache_bytes // 2**20) for row in table.holdings[:4]]
+    [('(Q, K, V)', 0, 0, 20480), ('(Q, K, V)', 8, 0, 10880), ('(Q, K, V)', 8, 32, 11520), ('(Q, K, V)', 4, 32, 6400)]
     """
     if spec.architecture != "causal_lm":
         raise TwofoldError(f"{name} is a {spec.architecture}: only a causal_lm keeps a cache.")
@@ -120,8 +123,9 @@ def estimate_spec(spec: ModelSpec, name: str, question: Question, ties: Sequence
             continue
         weights = parameters(tied) * dtype_bytes(question.dtype)
         dims = {dim for index in range(tied.num_hidden_layers) for _, dim in cached_streams(tied.attention(index))}
-        for bits in QUANTIZATIONS:
-            if (cache := cache_of(dims, bits)) is not None:
+        as_computed, *in_groups = (cache_of(dims, bits) for bits in QUANTIZATIONS)
+        for cache in (as_computed, CODES, *in_groups):
+            if cache is not None:
                 count = _spec_count(tied, question.dtype, cache)
                 holdings.append(_held(tied.mechanism, cache, weights, count, question, limit))
     return Estimate(
@@ -201,7 +205,7 @@ def _held(
     return Holding(
         name=name,
         bits=cache.bits,
-        group_size=cache.group_size if cache.bits else 0,
+        group_size=cache.group_size if cache.bits and cache.axis != "head" else 0,
         weight_bytes=weights,
         cache_bytes=count(tokens, batch),
         bytes_per_token=-((count(tokens, 1) - count(tokens + step, 1)) // step),
