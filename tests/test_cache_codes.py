@@ -261,3 +261,31 @@ def test_a_prompt_is_served_by_pytorch_and_no_weights_of_all_pairs_are_held(monk
     cache = TiedCache(ONE, CODES)
     step(drawn_model(ONE).float(), cache, drawn_tokens(2, 30))
     assert int(cache.get_seq_length()) == 30
+
+
+@pytest.mark.skipif(not native.levels(), reason="Twofold was installed without a compiler")
+@torch.no_grad()
+def test_a_compiled_step_hands_the_codes_to_the_compiled_kernel():
+    """In one graph, and what the kernel is told is how many of the slots are filled."""
+    model, tokens, graphs = drawn_model(ONE).float(), drawn_tokens(2, 12), []
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph.graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    found = []
+    for call in (model.forward, torch.compile(model.forward, backend=keep, fullgraph=True)):
+        cache = TiedCache(ONE, ROOM)
+        step(model, cache, tokens[:, :9])
+        found.append([call(part.clone(), cache=cache).logits for part in tokens[:, 9:].split(1, dim=1)])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+    (graph,) = graphs
+    called = [node for node in graph.nodes if "native_attention" in str(node.target)]
+    assert len(called) == ONE.num_hidden_layers
+    for node in called:
+        handed = dict(zip(native.HANDED_OVER, node.args[2], strict=True))
+        assert {name for name, tensor in handed.items() if tensor is not None} >= {"key_scales", "lengths"}
+        assert handed["value"] is handed["value_scales"] is None
+        assert node.args[1].meta["example_value"].dtype == torch.int8
