@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import cache_utils
 
 from halving_models import (
     ENCODER_DECODER,
@@ -131,7 +133,7 @@ def test_a_model_that_changes_its_dtype(name: str):
     text = tokens(2, 20)
     with norms_in_float64():
         before = model(text).logits
-        halve(model)
+        halve(model, max_error=1.0)
         model.float()
         single = answer(model, text)
         rounded = copy.deepcopy(model).bfloat16()
@@ -141,6 +143,111 @@ def test_a_model_that_changes_its_dtype(name: str):
         torch.testing.assert_close(
             model(text[:, 12:], **going_on(model, cache)).logits, before[:, 12:], rtol=1e-3, atol=1e-3
         )
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_a_dtype_in_which_more_is_lost_than_was_allowed(how: str):
+    model, text = made("llama").float(), tokens(1, 9)
+    report = halve(model, max_error=1e-3)
+    allowed = max(layer.measured_error for layer in report.layers) < 1e-3
+    assert allowed
+    assert answer(model, text).shape == (1, 18)
+    with pytest.raises(
+        TwofoldError, match=r"In bfloat16 rounding .* more than max_error = 0.001: call twofold.restore"
+    ):
+        if how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                model(text)
+        else:
+            model.bfloat16()(text)
+    model.double()
+    assert answer(model, text).shape == (1, 18)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_is_trained_again(name: str):
+    model, text = made(name), tokens(1, 9)
+    before = answer(model, text)
+    halve(model)
+    cache = cache_of(model(text, use_cache=True))
+    model.train()
+    with pytest.raises(TwofoldError, match=r"serves inference.*model.eval\(\), or twofold.restore\(model\)"):
+        model(text, **going_on(model, cache))
+    model.eval()
+    assert torch.equal(answer(model, text), before)
+    model.train()
+    restore(model)
+    model(text, labels=text).loss.backward()
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "an optimizer", "in place"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_weights_that_are_written_to_afterwards(name: str, how: str):
+    """The map was made of what they were; queries and outputs are read as they are."""
+    model, other, text = made(name), randomized(MULTI_HEAD[name](), 3), tokens(1, 9)
+    halve(model)
+    answer(model, text)
+    if how == "load_state_dict":
+        model.load_state_dict(other.state_dict())
+    elif how == "an optimizer":
+        model(text, labels=text).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+    else:
+        with torch.no_grad():
+            layer = next(part for part in model.modules() if type(part).__name__.endswith("Attention"))
+            next(layer.parameters()).mul_(2) if name == "gpt2" else layer.v_proj.weight.mul_(2)
+    with pytest.raises(TwofoldError, match="written to since it was halved"):
+        answer(model, text)
+    restore(model)
+    expected = answer(model, text)
+    halve(model)
+    assert torch.equal(answer(model, text), expected)
+
+
+@pytest.mark.parametrize("when", ["halved", "followed"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_inference_mode_made_serves_gradients_too(name: str, when: str):
+    model, text = made(name), tokens(1, 9)
+    if when == "followed":
+        halve(model)
+        model.float()
+    with torch.inference_mode():
+        if when == "halved":
+            halve(model)
+        answer(model, text)
+    cache = cache_of(model(text[:, :5], use_cache=True))
+    model(text[:, 5:], **going_on(model, cache)).logits.sum().backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_in_a_pickle_is_halved_by_itself(name: str):
+    model, text = made(name), tokens(1, 20)
+    halve(model)
+    expected, half = answer(model, text), cache_bytes(cache_of(model(text, use_cache=True)))
+    other = pickle.loads(pickle.dumps(model))
+    assert torch.equal(answer(other, text), expected)
+    assert cache_bytes(cache_of(other(text, use_cache=True))) == half
+    restore(other)
+    assert torch.equal(answer(other, text), expected)
+    assert sum(cache_bytes(cache_of(other(text, use_cache=True)))) > sum(half)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_was_compiled_before(name: str):
+    """Its graph is not that of the model as it was."""
+    model, text = made(name), tokens(1, 20)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+
+    @torch.no_grad()
+    def held() -> int:
+        return sum(cache_bytes(cache_of(compiled(text, use_cache=True))))
+
+    whole = held()
+    halve(model)
+    assert held() == sum(cache_bytes(cache_of(model(text, use_cache=True)))) < whole
+    restore(model)
+    assert held() == whole
 
 
 def test_adapters_that_come_afterwards():
@@ -173,7 +280,7 @@ def test_autocast(name: str):
     exact = logits()
     with torch.autocast("cpu", torch.bfloat16):
         own = logits()
-        halve(model)
+        halve(model, max_error=1.0)
         halved = logits()
     noise, found = ((rounded - exact).square().mean().sqrt() for rounded in (own, halved))
     assert noise > 0
@@ -238,6 +345,15 @@ def test_one_tensor_in_few_bits(name: str, bits: int):
     halved = next(layer for layer in cache.layers if hasattr(layer, "old"))
     codes = sum(old.codes.nbytes for old in halved.old)
     assert codes == 44 * halved.tail[0].shape[1] * halved.tail[0].shape[3] * bits // 8
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this Transformers has no such cache")
+def test_a_cache_that_quantizes_keys_and_values_apart():
+    model = made("gpt2").float()
+    halve(model)
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    with pytest.raises(TwofoldError, match=r"not held by a Fp8QuantizedLayer: give twofold\.existing\.low_bits"):
+        model.generate(tokens(1, 9), max_new_tokens=3, **options)
 
 
 def test_a_quantized_cache_is_one_cache():

@@ -136,6 +136,18 @@ def test_a_model_that_is_offloaded(name: str, offloaded: str, tmp_path: Path):
     assert torch.equal(said(model)[0], before)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_that_is_offloaded_once_it_is_halved(name: str):
+    model = small(name)
+    before, _ = said(model)
+    halve(model)
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(TwofoldError, match=r"have been offloaded since.*\.$"):
+        said(model)
+    restore(model)
+    assert torch.equal(said(model)[0], before)
+
+
 def test_a_device_map_that_keeps_all_of_it(tmp_path: Path):
     for name in NAMES:
         model = small(name)

@@ -99,6 +99,50 @@ def test_projections_that_are_not_square(name: str):
         assert f"make {4 * width} floats of 32" in sentence
 
 
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"keep": "everything"}, "keep is 'everything', but must be one of auto, keys, values"),
+        ({"max_error": float("nan")}, "max_error is nan"),
+        ({"max_error": -0.1}, "max_error is -0.1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gemma", "gpt2"])
+def test_options_that_there_are_not(name: str, options: dict[str, Any], part: str):
+    refused(gemma() if name == "gemma" else randomized(MULTI_HEAD[name]()), part, **options)
+
+
+def test_what_is_no_model():
+    with pytest.raises(TwofoldError, match=r"takes a model, and was given a str.*\.$"):
+        halve("openai-community/gpt2")
+
+
+@pytest.mark.parametrize("part", ["k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"])
+def test_numbers_that_are_not_finite(part: str):
+    model = randomized(MULTI_HEAD["llama"]())
+    for layer in model.model.layers:
+        layer.self_attn.get_parameter(part).data.view(-1)[3] = torch.inf
+    refused(model, f"projection of {'keys' if part[0] == 'k' else 'values'} holds numbers that are not finite")
+
+
+def test_a_map_that_has_no_room_in_its_dtype():
+    """W_K⁻¹ W_V has numbers beyond the greatest of float16."""
+    model = llama().half()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data.mul_(1e-4)
+        layer.self_attn.v_proj.weight.data.mul_(1e3)
+    refused(model, r"more than max_error = 9 of its size \(the least of these errors is inf\)", max_error=9.0)
+
+
+def test_values_that_are_zero_follow_from_any_keys():
+    model, text = llama(), tokens(1, 20)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data.zero_()
+    before = model.generate(text, max_new_tokens=5, do_sample=False)
+    assert [layer.measured_error for layer in halve(model).layers] == [0.0, 0.0]
+    assert torch.equal(model.generate(text, max_new_tokens=5, do_sample=False), before)
+
+
 def test_layers_that_would_lose_too_much_are_left_and_the_others_halved():
     model = llama().bfloat16()
     report = halve(model, max_error=1.0)
@@ -111,7 +155,8 @@ def test_layers_that_would_lose_too_much_are_left_and_the_others_halved():
     reason = next(layer.reason for layer in report.layers if layer.reason)
     assert "max_error" in reason
     restore(model)
-    refused(model, "max_error", max_error=0.0)
+    best = min(layer.measured_error for layer in report.layers)
+    assert f"the least of these errors is {best:.2g}" in refused(model, "max_error", max_error=0.0)
 
 
 @pytest.mark.parametrize(

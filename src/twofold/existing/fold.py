@@ -10,6 +10,7 @@ Shapes: C hidden_size, N = heads · head_dim outputs of a projection.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,8 +58,9 @@ def fold(kept: Kept, source: Projection, target: Projection, epsilon: float) -> 
     rows, columns = source.weight.shape
     if rows != columns:
         return f"its projections make {columns} floats of {rows}, and only as many floats of as many can be undone"
-    if not bool(torch.isfinite(source.weight).all()):
-        return f"the projection of {kept} holds numbers that are not finite"
+    for made, projection in ((kept, source), ("values" if kept == "keys" else "keys", target)):
+        if not bool(torch.isfinite(projection.variances).all()):
+            return f"the projection of {made} holds numbers that are not finite"
     values = torch.linalg.svdvals(source.weight)
     if not bool(values[-1] > values[0] * torch.finfo(torch.float64).eps * rows):
         return f"the projection of {kept}, which would be kept, has no inverse"
@@ -69,7 +71,7 @@ def fold(kept: Kept, source: Projection, target: Projection, epsilon: float) -> 
         matrix=matrix,
         offset=target.bias - source.bias @ matrix,
         condition=float(values[0] / values[-1]),
-        error=float((moved / target.variances.sum()).sqrt() * epsilon / 12**0.5),
+        error=_share(moved, target.variances.sum()) * epsilon / 12**0.5,
     )
 
 
@@ -82,4 +84,10 @@ def measured_error(
     kept = (inputs @ source.weight + source.bias).to(dtype).double()
     lost = inputs @ target.weight + target.bias
     matrix, offset = found.matrix.to(dtype).double(), found.offset.to(dtype).double()
-    return float((kept @ matrix + offset - lost).square().mean().sqrt() / lost.square().mean().sqrt())
+    return _share((kept @ matrix + offset - lost).square().mean(), lost.square().mean())
+
+
+def _share(moved: Tensor, whole: Tensor) -> float:
+    """Of two mean squares, as a ratio of roots; where nothing moves there need be nothing that could, and what is no number is beyond any bound."""
+    ratio = float((moved / whole).sqrt()) if bool(moved) else 0.0
+    return math.inf if math.isnan(ratio) else ratio

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -36,8 +36,8 @@ class LayerReport:
 
     ``kept`` is what its cache holds now: the "stream" that is key and value, "keys", "values", or "both" where it is as it was, with the ``reason``.
     ``cached_floats`` counts those of a token, before and after; ``window_tokens`` is how many tokens are held at most, 0: all. For multi-head layers
-    ``condition`` is that of the kept projection, ``predicted_error`` and ``measured_error`` are what rounding in the cache does to the other, and
-    ``arithmetic`` is how many times the operations of a token's attention are what they were.
+    ``condition`` is that of the kept projection, ``predicted_error`` and ``measured_error`` are what rounding in the cache does to the other,
+    ``arithmetic`` is how many times the operations of a token's attention are what they were, and ``map_bytes`` what makes the other, held beside the weights.
     """
 
     name: str
@@ -49,6 +49,7 @@ class LayerReport:
     predicted_error: float = 0.0
     measured_error: float = 0.0
     arithmetic: float = 1.0
+    map_bytes: int = 0
 
     @property
     def is_halved(self) -> bool:
@@ -73,6 +74,11 @@ class HalvingReport:
         return sum(layer.cache_bytes(tokens, self.dtype.itemsize, halved=halved) for layer in self.layers)
 
     @property
+    def map_bytes(self) -> int:
+        """Bytes of all maps, held beside the weights."""
+        return sum(layer.map_bytes for layer in self.layers)
+
+    @property
     def num_halved(self) -> int:
         """Layers that hold one tensor now."""
         return sum(layer.is_halved for layer in self.layers)
@@ -93,14 +99,18 @@ def halve(model: nn.Module, *, keep: Keep = "auto", max_error: float = DEFAULT_M
     ``keep`` is for multi-head models: keep keys, values, or whichever the other is better made from. Layers beyond ``max_error`` are left as they are.
     Raises TwofoldError, one sentence, and changes nothing, for a model that cannot be halved at all.
     """
+    _check_arguments(model, keep, max_error)
     if any(is_halved(module) for module in model.modules()):
         raise TwofoldError(f"This {type(model).__name__} is halved already: call twofold.restore(model) first.")
     refusals.check_model(model)
-    plans = list(_plans(model, keep, max_error))
+    with torch.inference_mode(False), torch.no_grad():  # what is made now may be used with gradients later
+        plans = list(_plans(model, keep, max_error))
     reports = tuple(plan.report for plan in plans if plan.report is not None)
     if not any(report.is_halved for report in reports):
         reasons = dict.fromkeys(report.reason for report in reports) or ["they have no cache of their own"]
-        raise TwofoldError(f"No layer of {type(model).__name__} can be halved: {'; '.join(reasons)}.")
+        errors = [report.measured_error for report in reports if report.measured_error]
+        least = f" (the least of these errors is {min(errors):.2g})" if errors else ""
+        raise TwofoldError(f"No layer of {type(model).__name__} can be halved: {'; '.join(reasons)}{least}.")
     shared_norm.check_pairs(model)
     for plan in plans:
         if plan.forward is not None:
@@ -118,6 +128,15 @@ def restore(model: nn.Module) -> None:
 def is_halved(module: nn.Module) -> bool:
     """Whether a module is a layer that was halved."""
     return "_twofold_forward" in vars(module)
+
+
+def _check_arguments(model: Any, keep: Any, max_error: float) -> None:
+    if not isinstance(model, nn.Module):
+        raise TwofoldError(f"halve takes a model, and was given a {type(model).__name__}: load it first.")
+    if keep not in get_args(Keep):
+        raise TwofoldError(f"keep is {keep!r}, but must be one of {', '.join(get_args(Keep))}.")
+    if not max_error >= 0:
+        raise TwofoldError(f"max_error is {max_error}, but must be a number of at least 0.")
 
 
 def _set_forward(layer: Any, forward: Any) -> None:
@@ -217,12 +236,16 @@ def _multi_head_plan(
         return _Plan(layer, replace(both, reason=found))
     said = replace(both, condition=found.condition, predicted_error=found.error, measured_error=error)
     if not error <= max_error:
-        reason = f"rounding in the cache would move the other by {error:.2g} of its size, more than max_error = {max_error:g}"
+        reason = f"rounding in the cache would move the other by more than max_error = {max_error:g} of its size"
         return _Plan(layer, replace(said, reason=reason))
-    forward = multi_head.MultiHeadForward(layer, family, found, rotations)
+    rounding = multi_head.Rounding(multi_head.weight_dtype(layer, family), error, max_error)
+    forward = multi_head.MultiHeadForward(layer, family, found, rotations, rounding)
     # One of two products over the cache becomes one over the rows of all heads.
     arithmetic = (1 + multi_head.num_heads(layer)[0]) / 2
-    halved = replace(said, kept=found.kept, cached_floats=(2 * floats, floats), arithmetic=arithmetic)
+    map_bytes = sum(part.nbytes for part in forward.map)
+    halved = replace(
+        said, kept=found.kept, cached_floats=(2 * floats, floats), arithmetic=arithmetic, map_bytes=map_bytes
+    )
     return _Plan(layer, halved, forward)
 
 
@@ -241,7 +264,9 @@ def _best_fold(layer: Any, family: multi_head.Family, keep: Keep) -> tuple[Fold 
         found = fold(kept, source, target, torch.finfo(dtype).eps)
         if isinstance(found, str):
             best = best or found
-        elif (error := measured_error(found, source, target, dtype)) < least:
+            continue
+        error = measured_error(found, source, target, dtype)
+        if isinstance(best, str) or error < least:
             best, least = found, error
     return best, least
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from twofold.errors import TwofoldError
 from twofold.existing.fold import Fold, Projection
 from twofold.existing.key_rotations import KeyRotations
-from twofold.existing.reading import Held, Reader, append, cache_of, check_halved, read
+from twofold.existing.reading import Held, Reader, append, cache_of, check_halved, check_is_here, read
 from twofold.existing.refusals import why_no_numbers
 from twofold.kernels import Rotation
 from twofold.kernels.folded import weights_of
@@ -169,23 +169,47 @@ def _linear(module: Any) -> tuple[Tensor, Tensor]:
     """W [C, N] and b [N] in float64."""
     if reason := why_no_numbers(module):
         raise TwofoldError(reason)
-    matrix = module.weight.detach().double()
+    weight = module.weight.detach()
+    home = torch.device("cpu") if weight.device.type == "mps" else weight.device  # which has no float64
+    matrix = weight.to(home, torch.float64)
     bias = getattr(module, "bias", None)
     matrix = matrix if isinstance(module, Conv1D) else matrix.T
-    return matrix, matrix.new_zeros(matrix.shape[1]) if bias is None else bias.detach().double()
+    return matrix, matrix.new_zeros(matrix.shape[1]) if bias is None else bias.detach().to(matrix)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The ``error`` that rounding in ``dtype`` makes, relative to what it moves, and the most that may be made."""
+
+    dtype: torch.dtype
+    error: float
+    max_error: float
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Raise TwofoldError where a cache in another dtype, into which a model or autocast has come since, would lose more."""
+        coarser = torch.finfo(dtype).eps / torch.finfo(self.dtype).eps
+        if coarser > 1 and not self.error * coarser <= self.max_error:
+            raise TwofoldError(
+                f"In {str(dtype).removeprefix('torch.')} rounding in the cache of a halved layer would move its other tensor by {self.error * coarser:.2g} of "
+                f"its size, more than max_error = {self.max_error:g}: call twofold.restore(model) and halve it again, in this dtype or with another max_error."
+            )
 
 
 class MultiHeadForward:
     """What the layer does in place of its own forward."""
 
-    def __init__(self, layer: Any, family: Family, found: Fold, rotations: KeyRotations | None) -> None:
+    def __init__(
+        self, layer: Any, family: Family, found: Fold, rotations: KeyRotations | None, rounding: Rounding
+    ) -> None:
         self.layer = layer
         self.family = family
         self.kept = found.kept
         self.rotations = rotations
+        self.rounding = rounding
         self.heads = num_heads(layer)[0]
         self.sources = self._sources()
         self.map = found.matrix, found.offset
+        self.version = self._version()
         self._follow()
 
     def __call__(self, hidden_states: Tensor, *positional: Any, **arguments: Any) -> tuple[Tensor | None, ...]:
@@ -197,11 +221,11 @@ class MultiHeadForward:
         crossing = source is not None
         mask = arguments.get("encoder_attention_mask" if self.family.fused and crossing else self.family.mask)
         self._follow()
+        reader = Reader(layer, mask, arguments)
         query, pair = self._query_and_pair(hidden_states, source)
         own = None if self.rotations is None else self.rotations.of_tokens(arguments["position_embeddings"])
         if own is not None:
             query = own.turn(query)
-        reader = Reader(layer, mask, arguments)
         held, lost = self._held(pair, arguments, own, crossing=crossing)
         reader = replace(reader, bias=self._bias(query, held, arguments))
         if lost is None and query.shape[2] <= head_dim(layer):
@@ -237,8 +261,26 @@ class MultiHeadForward:
                 "and halve it again."
             )
         weight = self.sources[0].weight
+        check_is_here(weight)
+        if not torch.compiler.is_compiling():
+            self._check_version()
         if self.map[0].dtype != weight.dtype or self.map[0].device != weight.device:
-            self.map = self.map[0].to(weight), self.map[1].to(weight)
+            with torch.inference_mode(False), torch.no_grad():  # it may be used with gradients later
+                self.map = self.map[0].to(weight), self.map[1].to(weight)
+
+    def _version(self) -> list[tuple[int, int]]:
+        """Where the numbers in the projections of K and V are, and how many times they have been written since they are there."""
+        weights = (weight for source in self.sources for weight in source.parameters(recurse=False))
+        return [(weight.data_ptr(), weight._version) for weight in weights if not weight.is_inference()]
+
+    def _check_version(self) -> None:
+        """Raise TwofoldError where the weights were overwritten, of which the map was made; those of a copy, or in another dtype, are the same numbers."""
+        now, then = self._version(), dict(self.version)
+        if any(count > then.get(place, count) for place, count in now):
+            raise TwofoldError(
+                f"The weights of {type(self.layer).__name__} have been written to since it was halved: call twofold.restore(model) and halve it again."
+            )
+        self.version = now
 
     def _query_and_pair(
         self, hidden_states: Tensor, source: Tensor | None
@@ -278,6 +320,7 @@ class MultiHeadForward:
                 return Held(cache.layers[index].keys, None, is_new=False), None
         key, value = pair()
         kept, lost = (key, value) if self.kept == "keys" else (value, key)
+        self.rounding.check(kept.dtype)
         if cache is None:
             return Held(kept, own, is_new=True), lost
         every, seen = append(cache, kept, index)

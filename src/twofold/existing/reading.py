@@ -43,10 +43,23 @@ def cache_of(arguments: dict[str, Any]) -> Any:
     return next((cache for cache in given if cache is not None), None)
 
 
+def check_is_here(weight: Tensor) -> None:
+    """Raise TwofoldError for a weight that came to be offloaded after its layer was halved: no hook brings it for what reads it here."""
+    if weight.is_meta:
+        raise TwofoldError(
+            "The weights of a halved layer have been offloaded since: call twofold.restore(model), or keep all of it on devices."
+        )
+
+
 def check_halved(cache: Any, layer_index: int) -> None:
-    """Raise TwofoldError for a cache that this layer filled with keys and values before it was halved."""
+    """Raise TwofoldError for a cache that this layer filled with keys and values before it was halved, or that must have both to quantize them."""
     layers = getattr(cache, "layers", ())
-    values = vars(layers[layer_index]).get("values") if layer_index < len(layers) else None
+    layer = layers[layer_index] if layer_index < len(layers) else None
+    if hasattr(layer, "_quantize"):
+        raise TwofoldError(
+            f"A halved layer's one tensor is not held by a {type(layer).__name__}: give twofold.existing.low_bits.quantized_cache(model) as the cache."
+        )
+    values = getattr(layer, "__dict__", {}).get("values")
     if isinstance(values, Tensor) and values.shape[-1]:
         raise TwofoldError(
             "This cache holds keys and values apart, as before the model was halved: read the text again with a new cache."
@@ -93,7 +106,7 @@ def read(
 class Reader:
     """Attention of a layer that others wrote; ``bias`` [1 or B, H, T, S] is added to its logits.
 
-    Raises TwofoldError for an implementation whose masks it does not understand.
+    Raises TwofoldError for a layer in training, and for an implementation whose masks it does not understand.
     """
 
     layer: nn.Module
@@ -102,6 +115,10 @@ class Reader:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.layer.training:
+            raise TwofoldError(
+                "A halved layer serves inference, and this one is in training: call model.eval(), or twofold.restore(model) to train it."
+            )
         if self.implementation not in IMPLEMENTATIONS:
             raise TwofoldError(
                 f"A halved layer does not understand the masks of attn_implementation={self.implementation!r}: use {' or '.join(IMPLEMENTATIONS)}."

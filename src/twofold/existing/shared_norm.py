@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from twofold.errors import TwofoldError
 from twofold.existing.key_rotations import KeyRotations
-from twofold.existing.reading import Held, Reader, append, cache_of, read
+from twofold.existing.reading import Held, Reader, append, cache_of, check_is_here, read
 from twofold.kernels import Rotation
 
 CLASSES = frozenset(
@@ -86,6 +86,8 @@ class SharedNormForward:
     ) -> tuple[Tensor, Tensor | None]:
         """The layer's own forward, argument by argument; ``cache`` may have its old name, ``past_key_values``."""
         layer: Any = self.layer
+        check_is_here(layer.k_norm.weight)
+        reader = Reader(layer, attention_mask, arguments)
         heads = (*hidden_states.shape[:-1], -1, layer.head_dim)
         own = self.rotations.of_tokens(position_embeddings)
         query = own.turn(layer.q_norm(layer.q_proj(hidden_states).view(heads)).transpose(1, 2))
@@ -94,7 +96,6 @@ class SharedNormForward:
         scale = layer.k_norm.weight.to(stream.dtype)
         if getattr(layer, "store_full_length_kv", False):
             shared_kv_states[layer.layer_type] = SharedStates(held.stream, scale, held.rotation)
-        reader = Reader(layer, attention_mask, arguments)
         output, weights = reader.attend(query, held.stream, held.stream, held.rotation, key_scale=scale)
         return layer.o_proj(output.transpose(1, 2).flatten(2)), weights
 
