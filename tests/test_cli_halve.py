@@ -99,6 +99,30 @@ def test_a_text_goes_through_both(gemma_folder: Path):
     assert said in invoke(gemma_folder, "--text", "the best of times", "--new-tokens", 9).stdout
 
 
+def test_a_text_goes_through_few_bits(gemma_folder: Path):
+    asked = (gemma_folder, "--text", "the best of times, the worst", "--new-tokens", 9)
+    trials = {bits: told(*asked, "--bits", bits)["trial"] for bits in (8, 4)}
+    for bits, trial in trials.items():
+        assert trial["bits"] == bits
+        before, after = trial["cache_bytes"]
+        # One head of 32 in two layers: codes, and a scale and a zero point; and the layers with windows, as they were.
+        assert before - after == 2 * trial["tokens"] * (2 * 32 * 4 - 32 * bits // 8 - 2 * 4)
+    assert 1e-5 < trials[8]["logit_error"] < trials[4]["logit_error"] / 4 < 0.5
+    assert told(*asked)["trial"]["bits"] == 0
+    assert "after, one tensor in 4 bits, measured" in " ".join(invoke(*asked, "--bits", 4).stdout.split())
+    assert "give --text too" in mistake(gemma_folder, "--bits", 8)
+
+
+def test_maps_are_counted_with_the_weights(gpt2_folder: Path, gemma_folder: Path):
+    values = told(gpt2_folder)
+    assert values["map_bytes"] == sum(layer["map_bytes"] for layer in values["layers"]) == 2 * 4 * (32 * 32 + 32)
+    assert "add 8.25 KiB to the weights: as much as the cache saves with its first 33 tokens." in " ".join(
+        invoke(gpt2_folder).stdout.split()
+    )
+    assert told(gemma_folder)["map_bytes"] == 0
+    assert "Maps" not in invoke(gemma_folder).stdout
+
+
 def test_a_multi_head_model_is_told_with_its_errors(gpt2_folder: Path):
     done = invoke(gpt2_folder)
     assert "error" in done.stdout
@@ -121,6 +145,8 @@ def test_a_decoder_that_reads_an_encoder_is_told_with_both_attentions(tmp_path: 
 
 
 def test_mistakes(tmp_path: Path, gpt2_folder: Path):
+    assert "--tokens" in invoke(gpt2_folder, "--tokens", 0, "--picture", tmp_path / "none.svg").stderr
+    assert "cannot be written to" in mistake(gpt2_folder, "--picture", tmp_path / "nowhere" / "layers.svg")
     assert "is no folder" in mistake(tmp_path / "nothing")
     assert "no tokenizer" in mistake(gpt2_folder, "--text", "abc")
     assert "max_error" in mistake(gpt2_folder, "--max-error", 0)

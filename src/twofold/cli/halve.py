@@ -15,9 +15,10 @@ from rich.text import Text
 from twofold.cli.examples import Example
 from twofold.cli.fitting import Device, computing_on
 from twofold.cli.output import Json, show, show_json
+from twofold.errors import TwofoldError
 from twofold.lazy import Lazy
 from twofold.picture import LABEL, QUIET, bytes_text, change_text
-from twofold.storage import write_text
+from twofold.storage import write_text, writing
 
 if TYPE_CHECKING:
     from twofold.existing import halving, loading
@@ -31,6 +32,10 @@ EXAMPLES = (
     Example(
         command='twofold halve ~/models/pythia-160m --text "It was the best of times" --new-tokens 40',
         purpose="And does it say the same? A text through both, token by token from the cache.",
+    ),
+    Example(
+        command='twofold halve ~/models/gemma-4-12b --text "It was the best of times" --bits 4',
+        purpose="The same with every cached token in 4 bits where one tensor is kept.",
     ),
     Example(
         command="twofold halve openai-community/gpt2 --max-error 0.05 --keep keys",
@@ -54,8 +59,13 @@ def command(
     *,
     text: Annotated[str, typer.Option(help="Compare answers on this text.", show_default=False)] = "",
     new_tokens: Annotated[int, typer.Option(help="Tokens of the answer to it.", metavar="N", min=1)] = 20,
+    bits: Annotated[
+        Literal["8", "4"] | None,
+        typer.Option(help="With --text: hold the one tensor in so many bits, every token of it."),
+    ] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Lengths to count bytes at.", show_default="1024, 8192, 32768")
+        list[int] | None,
+        typer.Option(help="Lengths to count bytes at.", metavar="N", min=1, show_default="1024, 8192, 32768"),
     ] = None,
     keep: Annotated[
         Literal["auto", "keys", "values"],
@@ -79,18 +89,19 @@ def command(
 ) -> None:
     """Half the cache of a model that others trained, layer by layer: what is kept, what it saves and what it costs. Nothing is written."""
     lengths = tokens or [1024, 8192, 32768]
+    if bits and not text:
+        raise TwofoldError("--bits is for an answer that is compared: give --text too.")
     with computing_on(device) as place:
         loaded = loading.load(model, dtype=loading.DTYPES.get(dtype, "auto")).to(place)
         trial = None
         if text:
-            report, trial = loading.attempt(loaded, model, text, new_tokens=new_tokens, keep=keep, max_error=max_error)
+            report, trial = loading.attempt(
+                loaded, model, text, new_tokens=new_tokens, keep=keep, max_error=max_error, bits=int(bits or 0)
+            )
         else:
             report = halving.halve(loaded, keep=keep, max_error=max_error)
     if picture is not None:
-        drawn = drawing.halving_picture(
-            report.layers, model=report.model, tokens=lengths[-1], width=report.dtype.itemsize
-        )
-        write_text(picture, drawn)
+        _draw(picture, report, lengths[-1])
     if as_json:
         show_json(_values(model, report, lengths, trial))
         return
@@ -99,8 +110,15 @@ def command(
         _layers(report),
         *(Text(f"As before: {reason}.", style=QUIET) for reason in reasons),
         _bytes(report, lengths),
+        *([Text(_maps(report), style=QUIET)] if report.map_bytes else []),
         *([] if trial is None else [_trial(trial)]),
     )
+
+
+def _draw(path: Path, report: halving.HalvingReport, tokens: int) -> None:
+    drawn = drawing.halving_picture(report.layers, model=report.model, tokens=tokens, width=report.dtype.itemsize)
+    with writing(path.parent):
+        write_text(path, drawn)
 
 
 def _values(
@@ -111,6 +129,7 @@ def _values(
         "class": report.model,
         "dtype": str(report.dtype).removeprefix("torch."),
         "layers": [asdict(layer) for layer in report.layers],
+        "map_bytes": report.map_bytes,
         "cache_bytes": [
             {"tokens": length, "before": report.cache_bytes(length, halved=False), "after": report.cache_bytes(length)}
             for length in lengths
@@ -159,12 +178,22 @@ def _bytes(report: halving.HalvingReport, lengths: list[int]) -> Table:
     return table
 
 
+def _maps(report: halving.HalvingReport) -> str:
+    """What it costs in memory, and when that has come back."""
+    saved = report.cache_bytes(1, halved=False) - report.cache_bytes(1)
+    return (
+        f"Maps between keys and values add {bytes_text(report.map_bytes)} to the weights: as much as the cache saves with its first "
+        f"{-(-report.map_bytes // saved):,} tokens."
+    )
+
+
 def _trial(trial: loading.Trial) -> Table:
     """What the text said."""
     table = Table.grid(padding=(0, 2))
     before, after = trial.cache_bytes
+    held = f", one tensor in {trial.bits} bits" if trial.bits else ""
     rows = {
-        "text": f"{trial.tokens:,} tokens in the cache: {bytes_text(before)} before, {bytes_text(after)} after, measured",
+        "text": f"{trial.tokens:,} tokens in the cache: {bytes_text(before)} before, {bytes_text(after)} after{held}, measured",
         "logits": f"moved by {trial.logit_error:.2g} of their size",
         "answer": f"the same {trial.same_tokens:,} of {trial.new_tokens:,} tokens, greedy",
     }

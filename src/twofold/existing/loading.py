@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from twofold.cache import StreamLayer
 from twofold.errors import TwofoldError
-from twofold.existing.halving import HalvingReport, Keep, halve
+from twofold.existing import low_bits
+from twofold.existing.halving import HalvingReport, Keep, halve, is_halved
+from twofold.existing.multi_head import head_dim
 from twofold.models.causal_lm import CACHE_FIELD
 from twofold.models.checkpoint import tensor_shapes
 
@@ -64,7 +68,7 @@ class Trial:
     """One text through the model before and after: bytes of its cache, and what came of it.
 
     ``logit_error`` is the root mean square of the logits' differences over that of the logits. ``same_tokens`` of the ``new_tokens`` greedy ones agree
-    before the first that differs.
+    before the first that differs. ``bits`` 8 or 4: every token of the one tensor was held in as many; 0: as computed.
     """
 
     tokens: int
@@ -72,13 +76,17 @@ class Trial:
     logit_error: float
     new_tokens: int
     same_tokens: int
+    bits: int
 
 
 @torch.no_grad()
 def attempt(
-    model: Any, name: str, text: str, *, new_tokens: int, keep: Keep, max_error: float
+    model: Any, name: str, text: str, *, new_tokens: int, keep: Keep, max_error: float, bits: int = 0
 ) -> tuple[HalvingReport, Trial]:
-    """Halve ``model`` and compare it with what it was on ``text``. Raises TwofoldError for a model that makes no text of text, or has no tokenizer."""
+    """Halve ``model`` and compare it with what it was on ``text``, its one tensor held in ``bits`` (0: as computed).
+
+    Raises TwofoldError for a model that makes no text of text, or has no tokenizer.
+    """
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise TwofoldError(f"{type(model).__name__} does not go on with a text: leave the text out.")
     try:
@@ -94,7 +102,7 @@ def attempt(
         raise TwofoldError("The text is shorter than two tokens: nothing would be read from a cache.")
     before = _answer(model, tokens, new_tokens)
     report = halve(model, keep=keep, max_error=max_error)
-    after = _answer(model, tokens, new_tokens)
+    after = _answer(model, tokens, new_tokens, bits)
     made = [answer[1][0, tokens.shape[1] :].tolist() for answer in (before, after)]
     differing = (at for at, pair in enumerate(zip(*made, strict=False)) if pair[0] != pair[1])
     scale = before[0].square().mean().sqrt()
@@ -104,22 +112,32 @@ def attempt(
         logit_error=float((after[0] - before[0]).square().mean().sqrt() / scale),
         new_tokens=len(made[0]),
         same_tokens=next(differing, min(map(len, made))),
+        bits=bits,
     )
 
 
-def _answer(model: Any, tokens: Tensor, new_tokens: int) -> tuple[Tensor, Tensor, int]:
+def _answer(model: Any, tokens: Tensor, new_tokens: int, bits: int = 0) -> tuple[Tensor, Tensor, int]:
     """Logits of the last tokens, read from a cache one token at a time; a greedy answer; and the bytes of its cache."""
+
+    def given() -> dict[str, Any]:
+        return (
+            {CACHE_FIELD: low_bits.quantized_cache(model, bits=bits, group_size=group, tail_tokens=0)} if bits else {}
+        )
+
+    group = gcd(32, *(head_dim(layer) for layer in model.modules() if is_halved(layer)))
     first = max(1, tokens.shape[1] - STEPS)
-    output = model(tokens[:, :first], use_cache=True)
+    output = model(tokens[:, :first], use_cache=True, **given())
     logits = []
     for at in range(first, tokens.shape[1]):
         output = model(tokens[:, [at]], use_cache=True, **{CACHE_FIELD: output[CACHE_FIELD]})
         logits.append(output.logits[:, -1].float())
-    answer = model.generate(tokens, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
+    answer = model.generate(tokens, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, **given())
     return torch.stack(logits), answer.sequences, cache_bytes(answer[CACHE_FIELD])
 
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of what the layers of one of Transformers' caches hold."""
-    layers = (layer for layer in cache.layers if layer.is_initialized)
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(
+        layer.nbytes if isinstance(layer, StreamLayer) else layer.keys.nbytes + layer.values.nbytes for layer in layers
+    )
