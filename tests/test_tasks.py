@@ -77,6 +77,40 @@ def test_held_out_batches_hold_every_example_once_whatever_their_size(task):
     assert torch.equal(joined(3), joined(1000))
 
 
+CROWDED = {
+    "selective-copy": {"vocab_size": 5, "length": 9, "num_tokens": 2},
+    "mad-selective-copying": {"vocab_size": 5, "length": 9, "num_tokens": 2},
+    "relations": {"vocab_entities": 4, "vocab_relations": 2, "num_entities": 3, "num_relations": 1, "num_questions": 2},
+    "multihop": {"vocab_entities": 4, "num_entities": 3, "num_questions": 2, "max_hops": 2},
+    "mad-compression": {"vocab_size": 4, "length": 6},
+    "mad-recall": {"vocab_size": 4, "length": 8},
+    "mad-noisy-recall": {"vocab_size": 5, "noise_vocab_size": 1, "length": 8},
+    "mad-fuzzy-recall": {"vocab_size": 5, "length": 12, "key_tokens": 1, "value_tokens": 1},
+    "mad-memorization": {"vocab_size": 5, "length": 12},
+    "recall": {"vocab_size": 8, "num_pairs": 2, "length": 8},
+    "induction": {"vocab_size": 3, "length": 9, "num_triggers": 1},
+    "reverse": {"length": 3},
+    "state-tracking": {"group": "Z2", "length": 11},
+    "capacity": {"dimension": 4, "num_patterns": 2, "num_values": 2, "num_cues": 1, "noise": 0.0},
+}
+"""Options that allow so few examples that drawn ones come again."""
+
+
+@pytest.mark.parametrize("name", CROWDED)
+def test_no_held_out_example_was_trained_on(name):
+    task = load(name, **CROWDED[name], train_size=400, held_out_size=20)
+    column = "signs" if name == "capacity" else "input_ids"
+    held_out, train = ({row.numpy().tobytes() for row in part[column]} for part in (task.held_out, task.train))
+    assert not held_out & train
+    rows = torch.cat([task.train[column], task.held_out[column]]).flatten(1)
+    assert len(rows.unique(dim=0)) < len(rows) or name == "state-tracking"  # it is crowded
+
+
+def test_where_nearly_everything_is_held_out_a_sentence_says_so():
+    with pytest.raises(TwofoldError, match="are still among those held out: hold fewer out, or allow"):
+        load("reverse", length=1, train_size=400, held_out_size=200)
+
+
 def test_the_same_options_give_the_same_data_in_another_process():
     code = (
         "import json, sys; from twofold.tasks import load_task; from twofold.training.spec import TaskSpec;"

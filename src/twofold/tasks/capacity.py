@@ -12,6 +12,7 @@ Source: "Hopfield Networks is All You Need" (arXiv:2008.02217, equation 3: the n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from twofold.errors import TwofoldError
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, Batch, Part, TableTask, TaskKind, distinct, generator
+from twofold.tasks.task import IGNORED, Batch, Part, TableTask, TaskKind, apart, distinct, generator
 
 MAX_REDRAWS = 200
 TOLERANCE = 0.1
@@ -61,12 +62,12 @@ class CapacityTask(TableTask):
 
     def __init__(self, options: CapacityOptions) -> None:
         self._options = options
-        held_out = _examples(options, "held_out", options.held_out_size)
+        train, held_out = apart(partial(_examples, options), options.train_size, options.held_out_size, key="signs")
         # The commonest value of a set, every pattern being asked for equally often.
         commonest = (held_out["values"].numpy()[:, :, None] == np.arange(options.num_values)).sum(axis=1).max(axis=1)
         super().__init__(
             name="capacity",
-            train=_examples(options, "train", options.train_size),
+            train=train,
             held_out=held_out,
             chance=float(commonest.mean()) / options.num_patterns,
             description=f"Values of {options.num_patterns} patterns of {options.dimension} signs, asked for by cues with {options.num_turned} turned: "

@@ -9,12 +9,13 @@ Source: "Mamba" (arXiv:2312.00752, section 4.1 and appendix E.1), after H3 (arXi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, TableTask, TaskKind, commonest_shown, distinct, generator
+from twofold.tasks.task import IGNORED, TableTask, TaskKind, apart, commonest_shown, distinct, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,11 @@ class InductionOptions(Options):
 
 
 def _load(options: InductionOptions) -> TableTask:
-    held_out = _examples(options, "held_out", options.held_out_size)
+    train, held_out = apart(partial(_examples, options), options.train_size, options.held_out_size)
     tokens = held_out["input_ids"].numpy()
     return TableTask(
         name="induction",
-        train=_examples(options, "train", options.train_size),
+        train=train,
         held_out=held_out,
         description=f"Induction: what followed the last of {options.num_triggers} triggers in {options.length} of {options.vocab_size} tokens, "
         f"{options.train_size:,} sequences for training, {options.held_out_size:,} held out.",

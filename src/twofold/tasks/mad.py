@@ -28,8 +28,10 @@ from twofold.tasks.options import Options
 from twofold.tasks.task import (
     IGNORED,
     Batch,
+    Part,
     TableTask,
     TaskKind,
+    apart,
     commonest_shown,
     commonest_so_far,
     distinct,
@@ -164,7 +166,7 @@ def _fuzzy(options: MadFuzzyOptions, part: str, size: int) -> dict[str, np.ndarr
         distinct(draws, size * most, options.key_tokens, num_keys).reshape(size, most, -1),
         num_keys + distinct(draws, size * most, options.value_tokens, num_values).reshape(size, most, -1),
     )
-    shortest = 1 if part == "train" else options.key_tokens
+    shortest = 1 if part.startswith("train") else options.key_tokens
     key_sizes = draws.randint(shortest, options.key_tokens + 1, size=(size, most))
     value_sizes = draws.randint(1, options.value_tokens + 1, size=(size, most))
     share = draws.random_sample(size)
@@ -216,13 +218,13 @@ def _recall_task(
     def load(options: MadRecallOptions) -> TableTask:
         def part(part_name: str, size: int) -> dict[str, Tensor]:
             drawn = draw(options, part_name, size)
-            scored = drawn["text"] if part_name == "train" and options.train_on_all else drawn["due"]
+            scored = drawn["text"] if part_name.startswith("train") and options.train_on_all else drawn["due"]
             return _table(drawn["tokens"], np.where(scored, drawn["tokens"], IGNORED))
 
-        held_out = part("held_out", options.held_out_size)
+        train, held_out = apart(part, options.train_size, options.held_out_size)
         return TableTask(
             name=name,
-            train=part("train", options.train_size),
+            train=train,
             held_out=held_out,
             chance=commonest_so_far(held_out["input_ids"].numpy(), held_out["labels"].numpy()),
             description=f"MAD's {what}: {options.length} of {options.vocab_size} tokens, {options.train_size:,} sequences for training, "
@@ -252,10 +254,11 @@ def _memorization(options: MadMemorizationOptions) -> TableTask:
         tokens[:, 0::2], labels[:, 1::2] = keys, values[keys]
         return _table(tokens, labels)
 
+    train, held_out = apart(part, options.train_size, options.held_out_size)
     return TableTask(
         name="mad-memorization",
-        train=part("train", options.train_size),
-        held_out=part("held_out", options.held_out_size),
+        train=train,
+        held_out=held_out,
         description=f"MAD's memorization: the fixed values of {num_keys:,} keys, {options.train_size:,} sequences of {options.length // 2} keys for "
         f"training, {options.held_out_size:,} held out.",
         tokens_per_example=options.length,
@@ -278,22 +281,25 @@ class CompressionTask(TableTask):
     def __init__(self, options: MadCompressionOptions) -> None:
         self._kinds, self._places = options.vocab_size - 1, options.length - 1
 
-        def part(part_name: str, size: int, asked: int) -> dict[str, Tensor]:
-            """``asked`` examples of every sequence, for as many places in turn."""
+        def draw(part_name: str, size: int) -> dict[str, Tensor]:
             draws = generator(options.data_seed, part_name)
-            sequences = draws.randint(0, self._kinds, size=(size, self._places)).repeat(asked, axis=0)
+            return {"input_ids": torch.from_numpy(draws.randint(0, self._kinds, size=(size, self._places)))}
+
+        def part(drawn: Part, asked: int) -> dict[str, Tensor]:
+            """``asked`` examples of every sequence, for as many places in turn."""
+            sequences = drawn["input_ids"].numpy().repeat(asked, axis=0)
             rows = np.arange(len(sequences))
             tokens = np.pad(sequences, ((0, 0), (0, 1)), constant_values=self._kinds)
             labels = np.full(tokens.shape, IGNORED)
             labels[:, -1] = rows % self._places * self._kinds + sequences[rows, rows % self._places]
             return {"input_ids": _table(tokens, tokens)["input_ids"], "labels": torch.from_numpy(labels.astype(np.int32))}  # fmt: skip
 
-        held_out = part("held_out", options.held_out_size, 1)
-        sequences = held_out["input_ids"].numpy()[:, :-1]
+        train, held_out = apart(draw, options.train_size, options.held_out_size)
+        sequences = held_out["input_ids"].numpy()
         super().__init__(
             name="mad-compression",
-            train=part("train", options.train_size, self._places),
-            held_out=held_out,
+            train=part(train, self._places),
+            held_out=part(held_out, 1),
             description=f"MAD's compression: {self._places} tokens read from the state of the one behind them, {options.train_size:,} sequences for "
             f"training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from twofold.tasks.facts import FactsTask, rings
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, Batch, TaskKind, distinct, generator
+from twofold.tasks.task import IGNORED, Batch, TaskKind, apart, distinct, generator
 
 BLANK = 0
 QUESTION_TOKENS = 3
@@ -57,10 +58,11 @@ class MultihopTask(FactsTask):
 
     def __init__(self, options: MultihopOptions) -> None:
         self._options = options
+        train, held_out = apart(partial(_examples, options), options.train_size, options.held_out_size)
         super().__init__(
             name="multihop",
-            train=_examples(options, "train", options.train_size),
-            held_out=_examples(options, "held_out", options.held_out_size),
+            train=train,
+            held_out=held_out,
             description=f"Where {options.min_hops} to {options.max_hops} steps lead in a ring of {options.num_entities} names, {options.num_questions} "
             f"questions; {options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from twofold.tasks.buckets import buckets, ranges_in, sums
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, Batch, TableTask, TaskKind, distinct, generator
+from twofold.tasks.task import IGNORED, Batch, TableTask, TaskKind, apart, distinct, generator
 
 BLANK = 0
 """The token between queries, if they are not drawn at random."""
@@ -80,10 +81,11 @@ class RecallTask(TableTask):
     """
 
     def __init__(self, options: RecallOptions, name: str = "recall", **model_fields: Any) -> None:
+        train, held_out = apart(partial(_examples, options), options.train_size, options.held_out_size)
         super().__init__(
             name=name,
-            train=_examples(options, "train", options.train_size),
-            held_out=_examples(options, "held_out", options.held_out_size),
+            train=train,
+            held_out=held_out,
             description=f"Associative recall in MQAR's manner: {options.num_pairs} pairs in {options.length} of {options.vocab_size:,} tokens, "
             f"{options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,

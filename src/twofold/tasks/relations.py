@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from twofold.tasks.facts import FactsTask, rings
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, Batch, TaskKind, distinct, generator
+from twofold.tasks.task import IGNORED, Batch, TaskKind, apart, distinct, generator
 
 BLANK, WHOM, WHO = 0, 1, 2
 FIRST_RELATION = 3
@@ -86,10 +87,11 @@ class RelationsTask(FactsTask):
 
     def __init__(self, options: RelationsOptions) -> None:
         self._options = options
+        train, held_out = apart(partial(_examples, options), options.train_size, options.held_out_size)
         super().__init__(
             name="relations",
-            train=_examples(options, "train", options.train_size),
-            held_out=_examples(options, "held_out", options.held_out_size),
+            train=train,
+            held_out=held_out,
             description=f"Who beats whom, asked in both directions: {options.num_relations} relations in rings of {options.num_entities} names, "
             f"{options.num_questions} questions; {options.train_size:,} sequences for training, {options.held_out_size:,} held out.",
             tokens_per_example=options.length,
@@ -151,7 +153,7 @@ def _examples(options: RelationsOptions, part: str, size: int) -> dict[str, Tens
     asked, name = chosen // count, chosen % count
     asked_token = np.take_along_axis(relation, asked, axis=1)
     is_who = draws.randint(0, 2, size=chosen.shape) == 1
-    if part == "train":
+    if part.startswith("train"):
         is_who &= asked_token < options.first_unseen
     rows = np.arange(size)[:, None]
     answer = np.where(is_who, beaten_by[rows, asked, name], beats[rows, asked, name])

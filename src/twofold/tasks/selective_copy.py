@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from twofold.tasks.options import Options
-from twofold.tasks.task import IGNORED, TableTask, TaskKind, commonest_shown, distinct, generator
+from twofold.tasks.task import IGNORED, TableTask, TaskKind, apart, commonest_shown, distinct, generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +57,11 @@ class SelectiveCopyTask(TableTask):
     """A causal model labels every place; only the last ``num_tokens`` are scored, each with one of V - 2 tokens."""
 
     def __init__(self, name: str, options: SelectiveCopyOptions) -> None:
-        held_out = _examples(name, options, "held_out", options.held_out_size)
+        train, held_out = apart(partial(_examples, name, options), options.train_size, options.held_out_size)
         tokens, copied = held_out["input_ids"].numpy(), held_out["labels"].numpy()[:, -options.num_tokens :]
         super().__init__(
             name=name,
-            train=_examples(name, options, "train", options.train_size),
+            train=train,
             held_out=held_out,
             description=f"Selective copying in {'MAD' if name.startswith('mad') else 'Mamba'}'s manner: {options.num_tokens} of {options.length:,} "
             f"tokens, {options.vocab_size} kinds, {options.train_size:,} sequences for training, {options.held_out_size:,} held out.",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from twofold.tasks.options import Options
-from twofold.tasks.task import TableTask, TaskKind, generator
+from twofold.tasks.task import TableTask, TaskKind, apart, generator
 
 DIGITS = 10
 
@@ -76,13 +76,14 @@ class ListTask(TableTask):
             lists = generator(options.data_seed, part_name).randint(
                 0, DIGITS, size=(size, options.length), dtype=np.uint8
             )
-            labels = np.ascontiguousarray(LABELS[name](lists))
+            labels = LABELS[name](lists).copy()
             return {"input_ids": torch.from_numpy(lists), "labels": torch.from_numpy(labels)}
 
+        train, held_out = apart(part, options.train_size, options.held_out_size)
         super().__init__(
             name=name,
-            train=part("train", options.train_size),
-            held_out=part("held_out", options.held_out_size),
+            train=train,
+            held_out=held_out,
             description=f"{name.upper()}: {SUMMARIES[name]}; {options.length} digits, {options.train_size:,} lists for training, "
             f"{options.held_out_size:,} held out.",
             tokens_per_example=options.length,

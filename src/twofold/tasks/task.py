@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twofold.errors import TwofoldError
 from twofold.tasks.options import Options
 
 IGNORED = -100
 """The label of a prediction that is not scored, as in all of Transformers."""
+
+MAX_REDRAWS = 100
 
 Batch = dict[str, Tensor]
 Part = Mapping[str, Tensor]
@@ -163,6 +166,30 @@ def generator(data_seed: int, part: str) -> np.random.RandomState:
     NumPy freezes the stream of this generator and of no other, so the same seed gives the same data (and the same hash) everywhere and always.
     """
     return np.random.RandomState([data_seed, *part.encode()])
+
+
+def apart(
+    draw: Callable[[str, int], dict[str, Tensor]], train_size: int, held_out_size: int, *, key: str = "input_ids"
+) -> tuple[Part, Part]:
+    """The training and the held-out part, with no row of the column ``key`` in both.
+
+    ``draw`` takes the name of a part, from which its random numbers come, and how many rows are wanted. Held-out rows are as they are drawn; a training
+    row that is among them is drawn again, as part ``train 0``, ``train 1``, ... Raises TwofoldError where nearly all that can be drawn is held out.
+    """
+    held_out, train = draw("held_out", held_out_size), draw("train", train_size)
+    known = {row.tobytes() for row in held_out[key].numpy()}
+    places = np.arange(train_size)
+    for again in range(MAX_REDRAWS):
+        rows = train[key].numpy()
+        places = np.array([place for place in places if rows[place].tobytes() in known], dtype=np.int64)
+        if not len(places):
+            return train, held_out
+        for name, column in draw(f"train {again}", len(places)).items():
+            train[name][places] = column
+    raise TwofoldError(
+        f"After {MAX_REDRAWS} draws {len(places):,} of {train_size:,} training examples are still among those held out: "
+        "hold fewer out, or allow longer sequences or more kinds of tokens."
+    )
 
 
 def distinct(draws: np.random.RandomState, rows: int, count: int, below: int) -> np.ndarray:
