@@ -77,6 +77,15 @@ def test_held_out_batches_hold_every_example_once_whatever_their_size(task):
     assert torch.equal(joined(3), joined(1000))
 
 
+def test_training_and_held_out_data_share_nothing(task):
+    def rows(batch: dict[str, torch.Tensor]) -> set[bytes]:
+        inputs = next(column for name, column in sorted(batch.items()) if name != "labels")
+        return {row.numpy().tobytes() for row in inputs}
+
+    train = rows(task.train_batch(torch.arange(task.train_size)))
+    assert not train & set().union(*map(rows, task.held_out_batches(7)))
+
+
 CROWDED = {
     "selective-copy": {"vocab_size": 5, "length": 9, "num_tokens": 2},
     "mad-selective-copying": {"vocab_size": 5, "length": 9, "num_tokens": 2},
