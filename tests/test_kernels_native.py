@@ -77,7 +77,7 @@ def problems(draw: st.DrawFn) -> Inputs:
         if codes != "none":
             parts[name] = made.guarded(made.integers(-127, 128, *shape, head_dim).to(torch.int8))
             scales = made.normal(*shape, 1) if codes == "token" else made.normal(1, kv_heads, 1, head_dim)
-            parts[f"{name}_scales"] = scales.abs() / 60
+            parts[f"{name}_scales"] = made.guarded(scales.abs() / 60)
     if draw(st.booleans()):
         parts |= {"value": parts["key"], "value_scales": parts["key_scales"]}
     turning = draw(st.sampled_from(["none", "full", "part", "table"]))

@@ -164,6 +164,11 @@ def _floats(given: Tensor) -> Tensor:
     return given.to(torch.float32).contiguous()
 
 
+def _scales(given: Tensor) -> Tensor:
+    """Where they lie: those of tokens are a part of a cache's room."""
+    return _rows(given.to(torch.float32))
+
+
 def _numbers(given: Tensor) -> Tensor:
     return given.to(torch.int64).contiguous()
 
@@ -181,8 +186,8 @@ def _as_it_is(given: Tensor) -> Tensor:
 
 HANDED_OVER: Mapping[str, Callable[[Tensor], Tensor]] = {
     "value": _rows,
-    "value_scales": _floats,
-    "key_scales": _floats,
+    "value_scales": _scales,
+    "key_scales": _scales,
     "extension": _rows,
     "key_scale": _floats,
     "cosine": _table,
