@@ -19,8 +19,8 @@ seeds end at the most extreme one and are far too narrow (of three seeds they ho
 is Student's t times how far resamples lie on that side, in root mean square.
 
 Sources: Hoffmann et al. 2022 (2203.15556) for the form of each loss; Golub and Pereyra 2003 for the search of β alone; Smyth 2004 for drawing
-variances together; Hurvich and Tsai 1989 for the criterion; Hesterberg 2015 (The American Statistician 69(4)), section 3.4.1, for the percentiles that
-make a bootstrap interval of few seeds as wide as Student's t.
+variances together; Hurvich and Tsai 1989 for the criterion; Hesterberg 2015 (The American Statistician 69(4)) for how narrow a
+bootstrap of few values is, and for Student's t with its standard error.
 """
 
 from __future__ import annotations
