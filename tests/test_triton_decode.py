@@ -6,7 +6,7 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from interpreter import IS_INTERPRETING, run_interpreted
 from twofold.errors import TwofoldError
 from twofold.kernels import BACKENDS, Inputs, Mask, Rotation, choose, triton_decode
+from twofold.kernels.triton import planned_bytes
 from twofold.kernels.triton_decode_plan import SHARED_BYTES, Call, parts_of, plan_of, rows_of, tiles_of
 
 triton = pytest.importorskip("triton")
@@ -202,8 +203,10 @@ def test_the_benchmark_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[s
 # That it compiles
 
 
-SMALLER = {80: 163 * 1024, 89: 99 * 1024, 120: 99 * 1024}
-"""Shared memory that a program may take, by compute capability: of an A100, of its like for desks, and of those after them."""
+OTHERS = {80: 163 * 1024, 89: 99 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+"""Shared memory that a program may take, by compute capability: of an A100, of its like for desks, of a B200, and of its like for desks."""
+TENSOR_MEMORY = 512
+"""Columns of the memory in which a B200 adds up products."""
 
 
 class Target:
@@ -236,6 +239,7 @@ class Compiled:
         assert found is not None
         self.registers, self.spilled = map(int, found.groups())
         self.shared, self.warps = kernel.metadata.shared, kernel.metadata.num_warps
+        self.columns = getattr(kernel.metadata, "tmem_size", 0)  # of the memory that tensor cores of newer GPUs have
         code = kernel.asm["ttgir"]
         self.copies, self.group_products = code.count("async_copy_global_to_local"), code.count("warp_group_dot ")
         self.products = self.group_products + code.count("tt.dot ")
@@ -357,6 +361,30 @@ def test_every_kind_compiles(head_dim: int, group: int, kind: str, dtype: torch.
     compile_and_check(shaped(head_dim, group, dtype, **KINDS[kind]), compiled, max_spilled=800)
 
 
+@pytest.fixture
+def elsewhere(compiled: dict[str, Compiled], monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Inputs], Compiled]:
+    """A call's kernel, compiled for another GPU that is not here either."""
+    from twofold.kernels.triton import decode_launch
+
+    def compile_for(capability: int, inputs: Inputs) -> Compiled:
+        triton.runtime.driver.set_active(Target(capability))
+        room = planned_bytes(capability // 10, OTHERS[capability])
+        monkeypatch.setattr(decode_launch, "shared_bytes", lambda _: room)
+        decode_launch.decode.attend.device_caches.clear()  # of the GPU that is not here, which has become another
+        decode_launch.decode.combine.device_caches.clear()
+        decode_launch.attend(inputs)
+        return compiled["attend"]
+
+    return compile_for
+
+
+@needs_compiler
+def test_the_widest_heads_fit_into_a_b200(elsewhere: Callable[[int, Inputs], Compiled]):
+    made = elsewhere(100, shaped(512, 8, torch.bfloat16, pairs=0.125, is_steady=True))
+    assert made.shared <= OTHERS[100]
+    assert 0 < made.columns <= TENSOR_MEMORY
+
+
 @needs_compiler
 @pytest.mark.long
 @pytest.mark.parametrize(
@@ -364,21 +392,10 @@ def test_every_kind_compiles(head_dim: int, group: int, kind: str, dtype: torch.
 )
 @pytest.mark.parametrize("group", [1, 17, 64])
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
-@pytest.mark.parametrize("capability", SMALLER)
-def test_it_fits_into_smaller_gpus(
-    capability: int,
-    head_dim: int,
-    group: int,
-    kind: str,
-    compiled: dict[str, Compiled],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("capability", OTHERS)
+def test_it_fits_into_other_gpus(
+    capability: int, head_dim: int, group: int, kind: str, elsewhere: Callable[[int, Inputs], Compiled]
 ):
-    from twofold.kernels.triton import decode_launch
-
-    triton.runtime.driver.set_active(Target(capability))
-    monkeypatch.setattr(decode_launch, "shared_bytes", lambda _: SMALLER[capability])
-    decode_launch.decode.attend.device_caches.clear()  # of the GPU that is not here, which has become another
-    decode_launch.decode.combine.device_caches.clear()
-    decode_launch.attend(shaped(head_dim, group, torch.bfloat16, **KINDS[kind]))
-    made = compiled["attend"]
-    assert made.shared <= SMALLER[capability]
+    made = elsewhere(capability, shaped(head_dim, group, torch.bfloat16, **KINDS[kind]))
+    assert made.shared <= OTHERS[capability]
+    assert made.columns <= TENSOR_MEMORY

@@ -12,7 +12,13 @@ from importlib.util import find_spec
 
 import torch
 
+from twofold.kernels.triton_decode_plan import SHARED_BYTES
+
 IS_INSTALLED = find_spec("triton") is not None
+LEAST_SHARED_BYTES = 99 * 1024
+"""That a program may take on any GPU of compute capability 8.0 and above."""
+HAVE_TENSOR_MEMORY = (10, 11)
+"""With which the compute capability of such GPUs begins."""
 INTERPRETED_MULTIPROCESSORS = 4
 """Of the interpreter: so few that small tests share a sequence out among several programs, and so many that they do."""
 
@@ -70,6 +76,13 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def shared_bytes(device: torch.device) -> int:
-    """What a program may take of the shared memory of a multiprocessor; of the interpreter as much as on an H100."""
-    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return int(getattr(properties, "shared_memory_per_block_optin", 227 * 1024))
+    """What a program is planned to take of the shared memory of a multiprocessor; of the interpreter as much as on an H100."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return planned_bytes(properties.major, int(getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES)))
+
+
+def planned_bytes(major: int, shared: int) -> int:
+    """Of what a GPU gives a program: all, but where the tensor cores take both factors from there, for which Triton needs more than is planned (B200)."""
+    return min(shared, LEAST_SHARED_BYTES) if major in HAVE_TENSOR_MEMORY else shared
