@@ -11,7 +11,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from twofold.report.budgets import alike
-from twofold.study.statistics import best_frequency, front_frequency, interval, paired_difference, pareto_front
+from twofold.study.statistics import (
+    best_frequency,
+    front_frequency,
+    interval,
+    paired_difference,
+    pareto_front,
+    unseen_share,
+)
 
 SEEDS = 3
 STUDIES = 2000
@@ -32,6 +39,18 @@ def test_the_t_interval_of_three_seeds_covers_95_per_cent_and_the_bootstrap_far_
     assert share([d.low <= 0.3 <= d.high for d in found]) == pytest.approx(0.95, abs=0.02)
     assert share([d.bootstrap_low <= 0.3 <= d.bootstrap_high for d in found]) < 0.85
     assert share([d.excludes_zero for d in found]) < 0.2
+
+
+def test_of_outcomes_of_two_kinds_the_interval_misses_one_mean_in_four():
+    """Half of the models learn a task: three seeds of one kind have an interval without width."""
+    draw = np.random.default_rng(2)
+    learned = (draw.random((STUDIES, SEEDS)) < 0.5) + 0.01 * draw.standard_normal((STUDIES, SEEDS))
+    found = [interval(row.tolist()) for row in learned]
+    assert share([shown.low <= 0.5 <= shown.high for shown in found]) == pytest.approx(0.75, abs=0.04)
+    # What may be said of seeds that are all alike: a rarer kind than this would have been missed with 95%.
+    for n in (3, 5):
+        missed = (draw.random((STUDIES, n)) >= unseen_share(n)).all(axis=1)
+        assert missed.mean() == pytest.approx(0.05, abs=0.02)
 
 
 def test_pairing_narrows_what_seeds_share():

@@ -30,7 +30,7 @@ INTRODUCTION = (
     "and a test fails where the page and the results disagree.",
     "What was run here is small: byte models and made-up tasks that two cores train in seconds or minutes. “At this scale” is "
     "meant literally: a claim about 300M parameters can be confirmed or refuted here only for models like these.",
-    "A claim may have several rules. A verdict “in part” rests on those of them whose results are kept. A rule is judged on 95% intervals of Student's t over seeds; differences are paired by seed. What was *measured once*, the figures of one trained model or the ratio of two times, has no interval: it is judged as it is, and another model or another hour may give another number. With so many intervals about one in twenty "
+    "A claim may have several rules. A verdict “in part” rests on those of them whose results are kept. A rule is judged on 95% intervals of Student's t over seeds; differences are paired by seed. What was *measured once*, the figures of one trained model or the ratio of two times, has no interval: it is judged as it is, and another model or another hour may give another number. Student's t takes seeds to lie around their mean: where a model learns a task or does not, three seeds may all fall on one side, and the interval misses one time in four. With so many intervals about one in twenty "
     "misses the truth by chance alone. *Would have been seen* is the smallest true difference that such a study finds four times in five, given "
     "its number of seeds and their spread. Percentages of perplexity are compared as lengths of code: +3.1% perplexity at 5.11 is +1.9% of the loss, "
     "and a relative difference of losses does not depend on the unit, be it nats per token or bits per byte.",

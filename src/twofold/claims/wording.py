@@ -7,7 +7,8 @@ import math
 from twofold.claims.claim import Rule
 from twofold.claims.measured import Measured
 from twofold.claims.verdict import Check, Judgement
-from twofold.report.numbers import bounds, decimals, number
+from twofold.report.numbers import bounds, decimals, number, share
+from twofold.study.statistics import unseen_share
 
 
 def result(measured: Measured) -> str:
@@ -35,7 +36,8 @@ def power(check: Check) -> str:
     if not math.isfinite(check.power):
         return "one seed" if check.measured.shown.n == 1 else "not known"
     if check.power == 0:
-        return "all seeds alike"
+        seeds = check.measured.shown.n
+        return f"all {seeds} seeds alike; of others up to {share(unseen_share(seeds))} may not be"
     return number(check.power, max(0, 1 - math.floor(math.log10(check.power))))
 
 

@@ -35,7 +35,8 @@ def text(summary: Summary, report_command: str) -> str:
         "## Provenance",
         f"Run with `{run_command(summary)}`, drawn by `{report_command}`.",
         table(["", ""], [list(row) for row in rows.provenance(summary)], numbers_from=2),
-        "Intervals are 95% intervals of Student's t over seeds; differences are paired by seed.",
+        "Intervals are 95% intervals of Student's t over seeds; differences are paired by seed. Where a model learns a task or does not, few seeds may all "
+        "fall on one side, and more than one interval in twenty misses.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,8 @@
 """Intervals, paired differences and frontiers: what may be said of a handful of seeds.
 
 Seeds are few, so the interval to show is Student's t, which pays for estimating the spread from n values; a percentile bootstrap of
-three values is too narrow (a test measures both coverages). Nothing here knows of files or torch.
+three values is too narrow (a test measures both coverages). It takes values to lie around their mean: of outcomes that come in two kinds, learned or
+not, three seeds may all be of one, and the interval misses the mean one time in four. Nothing here knows of files or torch.
 """
 
 from __future__ import annotations
@@ -129,6 +130,18 @@ def _noncentrality(n: int, power: float, confidence: float) -> float:
         return float(seen.mean()) - power
 
     return float(optimize.brentq(surplus, 0.0, 10 * thresholds.max()))
+
+
+def unseen_share(n: int, *, confidence: float = 0.95) -> float:
+    """The largest share of seeds that come out in another way, of which ``n`` seeds that are all alike give no sign, with that confidence.
+
+    Student's t cannot know of it: its interval for values that are alike has no width.
+    Source: Clopper and Pearson 1934, for no success in n trials.
+
+    >>> round(unseen_share(3), 2), round(unseen_share(5), 2)
+    (0.63, 0.45)
+    """
+    return float(1 - (1 - confidence) ** (1 / n))
 
 
 def share_error(share: float, count: int) -> float:
