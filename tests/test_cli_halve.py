@@ -125,7 +125,7 @@ def test_maps_are_counted_with_the_weights(gpt2_folder: Path, gemma_folder: Path
 
 def test_a_multi_head_model_is_told_with_its_errors(gpt2_folder: Path):
     done = invoke(gpt2_folder)
-    assert "error" in done.stdout
+    assert done.stdout.splitlines()[1].split() == "layers its cache holds floats per token error arithmetic".split()
     assert "follow" in done.stdout
     layers = told(gpt2_folder, "--keep", "keys", "--dtype", "bf16", "--max-error", 1)["layers"]
     assert {layer["kept"] for layer in layers} == {"keys"}
@@ -150,6 +150,17 @@ def test_mistakes(tmp_path: Path, gpt2_folder: Path):
     assert "is no folder" in mistake(tmp_path / "nothing")
     assert "no tokenizer" in mistake(gpt2_folder, "--text", "abc")
     assert "max_error" in mistake(gpt2_folder, "--max-error", 0)
+    short = folder(tmp_path / "short", randomized(MULTI_HEAD["gpt2"]()).float())
+    assert "shorter than two tokens" in mistake(short, "--text", "a")
+    assert "has 120 tokens, 9 more are asked for, and GPT2LMHeadModel reads 128 at most" in mistake(
+        short, "--text", "a" * 120, "--new-tokens", 9
+    )
+    assert invoke(short, "--text", "a" * 119, "--new-tokens", 9).exit_code == 0
+    model: Any = randomized(MULTI_HEAD["gpt2"]()).float()
+    model.resize_token_embeddings(40)
+    assert "makes token 65 of the text, and GPT2LMHeadModel knows 40" in mistake(
+        folder(tmp_path / "other", model), "--text", "aaa"
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))

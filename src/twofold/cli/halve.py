@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -139,31 +138,27 @@ def _values(
 
 
 def _layers(report: halving.HalvingReport) -> Table:
-    """Layers that are alike in one row."""
+    """Layers that are alike in one row; columns where they say something of some layer."""
+    alike: dict[tuple[Any, ...], list[halving.LayerReport]] = {}
+    for layer in report.layers:
+        alike.setdefault((layer.kept, layer.cached_floats, layer.window_tokens), []).append(layer)
+    columns: dict[str, list[str]] = {
+        "layers": [f"{len(same)}" for same in alike.values()],
+        "its cache holds": [MEANINGS[kept] for kept, *_ in alike],
+        "floats per token": [" → ".join(f"{count:,}" for count in dict.fromkeys(floats)) for _, floats, _ in alike],
+        "window": [f"{window:,}" if window else "" for *_, window in alike],
+    }
+    if any(layer.measured_error for layer in report.layers):
+        columns["error"] = [f"{max(layer.measured_error for layer in same):.2g}" for same in alike.values()]
+    columns["arithmetic"] = [
+        f"{max(layer.arithmetic for layer in same):.3g} ×" if same[0].is_halved else "" for same in alike.values()
+    ]
+    said = {name: cells for name, cells in columns.items() if any(cells)}
     table = Table(box=box.SIMPLE_HEAD, header_style=LABEL, pad_edge=False)
-    for name, justify in (
-        ("layers", "right"),
-        ("its cache holds", "left"),
-        ("floats per token", "right"),
-        ("window", "right"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    has_errors = any(layer.measured_error for layer in report.layers)
-    if has_errors:
-        table.add_column("error", justify="right")
-    table.add_column("arithmetic", justify="right")
-    alike = Counter((layer.kept, layer.cached_floats, layer.window_tokens) for layer in report.layers)
-    for (kept, floats, window), count in alike.items():
-        same = [
-            layer
-            for layer in report.layers
-            if (layer.kept, layer.cached_floats, layer.window_tokens) == (kept, floats, window)
-        ]
-        counts = f"{floats[0]:,} → {floats[1]:,}" if floats[0] != floats[1] else f"{floats[0]:,}"
-        cells = [f"{count}", MEANINGS[kept], counts, f"{window:,}" if window else ""]
-        if has_errors:
-            cells.append(f"{max(layer.measured_error for layer in same):.2g}")
-        cells.append(f"{max(layer.arithmetic for layer in same):.3g} ×" if floats[0] != floats[1] else "")
+    for name in said:
+        is_words = name == "its cache holds"
+        table.add_column(name, justify="left" if is_words else "right", no_wrap=not is_words)
+    for cells in zip(*said.values(), strict=True):
         table.add_row(*cells)
     return table
 

@@ -96,10 +96,8 @@ def attempt(
         raise TwofoldError(f"The tokenizer of {name} cannot be read ({reason}): leave the text out.") from None
     if len(tokenizer) < 2:
         raise TwofoldError(f"{name} has no tokenizer: leave the text out.")
-    encoded = tokenizer(text, return_tensors="pt")
-    tokens: Tensor = encoded["input_ids"].to(model.device)
-    if tokens.shape[1] < 2:
-        raise TwofoldError("The text is shorter than two tokens: nothing would be read from a cache.")
+    tokens: Tensor = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+    _check_text(model, tokens, new_tokens)
     before = _answer(model, tokens, new_tokens)
     report = halve(model, keep=keep, max_error=max_error)
     after = _answer(model, tokens, new_tokens, bits)
@@ -114,6 +112,22 @@ def attempt(
         same_tokens=next(differing, min(map(len, made))),
         bits=bits,
     )
+
+
+def _check_text(model: Any, tokens: Tensor, new_tokens: int) -> None:
+    """Raise TwofoldError for tokens that the model cannot read."""
+    count = tokens.shape[1]
+    if count < 2:
+        raise TwofoldError("The text is shorter than two tokens: nothing would be read from a cache.")
+    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or count + new_tokens
+    if count + new_tokens > room:
+        raise TwofoldError(
+            f"The text has {count:,} tokens, {new_tokens:,} more are asked for, and {type(model).__name__} reads {room:,} at most: give a shorter text."
+        )
+    if int(tokens.max()) >= (known := model.get_input_embeddings().num_embeddings):
+        raise TwofoldError(
+            f"The tokenizer makes token {int(tokens.max()):,} of the text, and {type(model).__name__} knows {known:,}: they are not of one model."
+        )
 
 
 def _answer(model: Any, tokens: Tensor, new_tokens: int, bits: int = 0) -> tuple[Tensor, Tensor, int]:
