@@ -133,6 +133,6 @@ def _backend_line(explanation: Explanation, told: dict[str, Any]) -> Text:
     refused = "".join(f"; not {name}: {reason}" for name, reason in told["refused"].items())
     sentence = (
         f"{told['name']} decodes {explanation.pattern} in {told['dtype']} on {told['device']}, {told['why']}{refused}. "
-        f"From a cache of 8-bit codes that kernels read, {told['codes']['name']} does."
+        f"From a cache of 8-bit codes {told['codes']['name']} does."
     )
     return Text.assemble(("backend  ", picture.LABEL), sentence)
