@@ -6,8 +6,11 @@ A goal is ``<= x`` or ``>= x``; a row without one (None) is there to be read, an
 from __future__ import annotations
 
 import json
+import signal
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 Row = dict[str, Any]
@@ -47,6 +50,25 @@ def in_turn(names: Sequence[str], round_index: int) -> list[str]:
     """
     start = round_index % len(names)
     return [*names[start:], *names[:start]]
+
+
+def left_out(what: str, error: BaseException) -> None:
+    """Say that something of a peer's is not measured, and why."""
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    print(f"{what} is left out: {reason[0][:120]}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def shown(*, as_json: bool) -> Iterator[list[Row]]:
+    """Rows to add to, which are shown at the end: also when an error ends it, or ``timeout`` does, so that what was measured is not lost."""
+    rows: list[Row] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield rows
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if rows:
+            show(rows, as_json=as_json)
 
 
 def show(rows: Sequence[Row], *, as_json: bool) -> None:

@@ -567,7 +567,18 @@ def test_the_benchmark_checks_and_times_everything(capsys: pytest.CaptureFixture
         assert rows[f"{shape}: one tensor / PyTorch's best with v = k"]["goal"] == "<= 1.0"
     assert any(name.startswith("(Q, K=V), rotary positions") for name in rows)
     assert any(name.startswith("Gemma 4's shape") and "without the kernel" in name for name in rows)
-    # A kernel that is wrong is not timed.
+    # Nothing that is wrong is timed: PyTorch's is left out, and ours ends it.
+    of_pytorch = decode_gpu.of_pytorch
+    monkeypatch.setattr(
+        decode_gpu,
+        "of_pytorch",
+        lambda query, *given: of_pytorch(query, *given) | {"twice": lambda: 2 * torch.ones_like(query)},
+    )
+    bench = decode_gpu.Bench("cpu", 1, frozenset({"flex"}))
+    made = decode_gpu.contenders(decode_gpu.Shape.parse(decode_gpu.TINY[0]), bench)
+    assert "PyTorch, one: products" in made
+    assert "PyTorch, one: twice" not in made
+    assert "twice is left out: PyTorch, twice is wrong" in capsys.readouterr().err
     monkeypatch.setattr(decode_launch, "attend", lambda inputs: 1.1 * torch.ones_like(inputs.query))
     with pytest.raises(SystemExit, match="is wrong"):
         decode_gpu.main(["--self-check"])

@@ -653,5 +653,11 @@ def test_the_benchmark_of_training_works(monkeypatch: pytest.MonkeyPatch, capsys
     table = capsys.readouterr().out
     assert table.count("as chosen") == table.count("keys=32") == 6
     other = lambda inputs: triton_prefill.attend(replace(inputs, scale=0.3))  # noqa: E731
+    shape, bench = benchmark.Shape.parse("1x1x2x16x40"), benchmark.Bench("cpu", 1)
     with pytest.raises(AssertionError, match="not close"):
-        benchmark.check(other, benchmark.Shape.parse("1x1x2x16x40"), "cpu", {})
+        benchmark.check(other, shape, "cpu", {})
+    good = benchmark.contenders(bench)
+    monkeypatch.setattr(benchmark, "contenders", lambda _: good | {"wrong, v = k": (other, {})})
+    names = [row["name"] for row in benchmark.attention_rows(shape, bench)]
+    assert not any("wrong" in name for name in names)
+    assert "wrong, v = k is left out" in capsys.readouterr().err

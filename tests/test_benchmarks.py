@@ -95,6 +95,22 @@ def test_rows_that_lie_are_noticed():
             check_rows([row | {"met": not row["met"]}])
 
 
+@pytest.mark.parametrize("end", ["raise ValueError", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_what_was_measured_before_the_end_is_shown(end: str):
+    lines = [
+        "import os, rows, signal",
+        "with rows.shown(as_json=True) as made:",
+        "    made.append(rows.row('time', 1.5, 's'))",
+        f"    {end}",
+        "    made.append(rows.row('never', 1.5, 's'))",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=BENCHMARKS, check=False
+    )
+    assert done.returncode != 0
+    assert [row["name"] for row in json.loads(done.stdout)] == ["time"]
+
+
 @pytest.mark.parametrize("name", ["step", "memory", "generate", "halve"])
 def test_without_a_gpu_a_benchmark_says_so(name: str, capsys: pytest.CaptureFixture[str]):
     if torch.cuda.is_available():

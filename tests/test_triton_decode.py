@@ -267,8 +267,17 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[s
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     active = triton.runtime.driver._active
     triton.runtime.driver.set_active(Target())
+    forget_gpus()
     yield found
     triton.runtime.driver._active = active
+
+
+def forget_gpus() -> None:
+    """Kernels compile for the GPU that they saw first, and what is not here may become another."""
+    from twofold.kernels.triton import decode
+
+    decode.attend.device_caches.clear()
+    decode.combine.device_caches.clear()
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -370,8 +379,7 @@ def elsewhere(compiled: dict[str, Compiled], monkeypatch: pytest.MonkeyPatch) ->
         triton.runtime.driver.set_active(Target(capability))
         room = planned_bytes(capability // 10, OTHERS[capability])
         monkeypatch.setattr(decode_launch, "shared_bytes", lambda _: room)
-        decode_launch.decode.attend.device_caches.clear()  # of the GPU that is not here, which has become another
-        decode_launch.decode.combine.device_caches.clear()
+        forget_gpus()
         decode_launch.attend(inputs)
         return compiled["attend"]
 
