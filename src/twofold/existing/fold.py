@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 Kept = Literal["keys", "values"]
+BLOCK, ITERATIONS = 8, 24
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,28 @@ def fold(kept: Kept, source: Projection, target: Projection, epsilon: float) -> 
     for made, projection in ((kept, source), ("values" if kept == "keys" else "keys", target)):
         if not bool(torch.isfinite(projection.variances).all()):
             return f"the projection of {made} holds numbers that are not finite"
-    values = torch.linalg.svdvals(source.weight)
-    if not bool(values[-1] > values[0] * torch.finfo(torch.float64).eps * rows):
+    inverse, failed = torch.linalg.inv_ex(source.weight)
+    condition = math.inf if bool(failed) else _norm(source.weight) * _norm(inverse)
+    if not condition * torch.finfo(torch.float64).eps * rows < 1:
         return f"the projection of {kept}, which would be kept, has no inverse"
-    matrix = torch.linalg.solve(source.weight, target.weight)
+    matrix = inverse @ target.weight
     moved = 2 * (source.variances[:, None] * matrix.square()).sum()
     return Fold(
         kept=kept,
         matrix=matrix,
         offset=target.bias - source.bias @ matrix,
-        condition=float(values[0] / values[-1]),
+        condition=condition,
         error=_share(moved, target.variances.sum()) * epsilon / 12**0.5,
     )
+
+
+def _norm(matrix: Tensor) -> float:
+    """The greatest singular value, to a part in a hundred, in a thousandth of the work of all: a block of vectors turns towards those that grow most."""
+    block = torch.randn(len(matrix), BLOCK, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    block = block.to(matrix.device)
+    for _ in range(ITERATIONS):
+        block = torch.linalg.qr(matrix.T @ (matrix @ block)).Q
+    return float(torch.linalg.matrix_norm(matrix @ block, ord=2))
 
 
 def measured_error(
