@@ -180,6 +180,16 @@ def test_keys_that_turn_are_made_from_no_values():
     refused(llama(), "keep keys", keep="values")
 
 
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "gpt_neox", "llama"])
+def test_parts_that_no_layer_of_the_class_has(name: str):
+    """As code of a model's own may have, under a name that is known here."""
+    model = gemma() if name == "gemma" else randomized(MULTI_HEAD[name]())
+    for layer in model.modules():
+        if type(layer).__name__.endswith("Attention"):
+            layer.key_norm = nn.LayerNorm(8)
+    refused(model, "it has a key_norm, which is not known here")
+
+
 @pytest.mark.parametrize("what", ["eps", "scale", "projection"])
 def test_a_model_that_only_looks_like_gemma(what: str):
     model = gemma()

@@ -23,7 +23,7 @@ from twofold.errors import TwofoldError
 from twofold.existing.fold import Fold, Projection
 from twofold.existing.key_rotations import KeyRotations
 from twofold.existing.reading import Held, Reader, append, cache_of, check_halved, check_is_here, read
-from twofold.existing.refusals import why_no_numbers
+from twofold.existing.refusals import why_no_numbers, why_strange
 from twofold.kernels import Rotation
 from twofold.kernels.folded import weights_of
 
@@ -35,7 +35,7 @@ class Family:
     ``fused`` is the one module of three projections, whose outputs are Q, K, V one after the other, or head by head (``by_head``); else ``projections``
     names them. ``rotary`` says that keys turn. ``not_linear`` are attributes that, where they are set, make K or V no linear map of the input.
     ``positional`` is what follows the hidden states where a model gives it by place, ``mask`` what it calls the mask. ``hands_on_bias``: what a layer
-    adds to its logits is an output, for the layers after it.
+    adds to its logits is an output, for the layers after it. ``beside`` are parts that it may have besides.
     """
 
     output: str
@@ -47,6 +47,7 @@ class Family:
     positional: tuple[str, ...] = ("position_embeddings", "attention_mask", "cache")
     mask: str = "attention_mask"
     hands_on_bias: bool = False
+    beside: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -61,12 +62,14 @@ _T5_LIKE = Family(
     positional=("mask", "key_value_states", "position_bias", "cache"),
     mask="mask",
     hands_on_bias=True,
+    beside=("relative_attention_bias",),
 )
 FAMILIES: Mapping[str, Family] = {
     "GPT2Attention": Family(
         output="c_proj",
         fused="c_attn",
         positional=("cache", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "output_attentions"),
+        beside=("q_attn",),
     ),
     "OPTAttention": Family(output="out_proj", positional=("cache", "attention_mask", "output_attentions")),
     "GPTNeoXAttention": Family(
@@ -90,7 +93,10 @@ FAMILIES: Mapping[str, Family] = {
     "LongT5Attention": _T5_LIKE,
     "SwitchTransformersAttention": _T5_LIKE,
     "UMT5Attention": Family(
-        output="o", projections=("q", "k", "v"), positional=("encoder_hidden_states", "cache", "attention_mask")
+        output="o",
+        projections=("q", "k", "v"),
+        positional=("encoder_hidden_states", "cache", "attention_mask"),
+        beside=("relative_attention_bias",),
     ),
 }
 """By the class of the attention module."""
@@ -142,7 +148,7 @@ def why_not(layer: Any, family: Family) -> str:
             return f"{name} is set, so its keys are no linear map of its input"
     if getattr(layer, "reorder_and_upcast_attn", False):
         return "reorder_and_upcast_attn is set, which is an order of operations that is not kept"
-    return ""
+    return why_strange(layer, {*family.projections, family.fused, family.output, *family.beside})
 
 
 def projections(layer: Any, family: Family) -> tuple[Projection, Projection]:

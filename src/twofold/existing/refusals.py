@@ -6,7 +6,7 @@ fill.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +61,13 @@ def why_no_numbers(projection: nn.Module) -> str:
             "model.dequantize(), or merge its adapters"
         )
     return ""
+
+
+def why_strange(layer: nn.Module, known: Iterable[str]) -> str:
+    """What a layer has that those of its class in Transformers have not, as code of a model's own may; empty: nothing."""
+    parts = (name for name, part in layer.named_children() if name not in known and not isinstance(part, nn.Dropout))
+    part = next(parts, "")
+    return f"it has a {part}, which is not known here" if part else ""
 
 
 def check_layer(layer: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from twofold.errors import TwofoldError
 from twofold.existing.key_rotations import KeyRotations
 from twofold.existing.reading import Held, Reader, append, cache_of, check_is_here, read
+from twofold.existing.refusals import why_strange
 from twofold.kernels import Rotation
 
 CLASSES = frozenset(
@@ -29,6 +30,7 @@ CLASSES = frozenset(
     }
 )
 """The attention modules of Transformers that are built so."""
+PARTS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "v_norm"})
 
 
 def reads_only(layer: nn.Module) -> bool:
@@ -44,7 +46,7 @@ def why_not(layer: Any) -> str:
         return f"k_norm and v_norm divide by different lengths (eps {layer.k_norm.eps} and {layer.v_norm.eps})"
     if type(layer.k_norm) is not type(layer.v_norm) or getattr(layer.v_norm, "with_scale", True):
         return "v_norm is not k_norm without its scale"
-    return ""
+    return why_strange(layer, PARTS)
 
 
 class SharedStates(Sequence[Tensor]):
