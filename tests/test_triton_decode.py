@@ -299,7 +299,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def shaped(head_dim: int, group: int, dtype: torch.dtype, **kind: Any) -> Inputs:
     """A call of some kind; its numbers are not looked at."""
-    batch, kv_heads, num_keys, page = 2, 2, 4096, kind.get("page", 0)
+    batch, kv_heads, num_keys, page = kind.get("batch", 2), kind.get("kv_heads", 2), 4096, kind.get("page", 0)
     rows = (batch * num_keys // page, kv_heads, page) if page else (batch, kv_heads, num_keys)
     key = torch.zeros((*rows, head_dim), dtype=kind.get("codes", dtype))
     value = key if kind.get("shares", True) else torch.zeros_like(key)
@@ -318,7 +318,7 @@ def shaped(head_dim: int, group: int, dtype: torch.dtype, **kind: Any) -> Inputs
         given["pages"] = ints(batch, num_keys // page)
         mask = Mask(causal=True, lengths=ints(batch))
     if kind.get("beside"):
-        given |= {"bias": torch.zeros(1, 1, 1, num_keys), "sinks": torch.zeros(2 * group), "soft_cap": 5.0}
+        given |= {"bias": torch.zeros(1, 1, 1, num_keys), "sinks": torch.zeros(kv_heads * group), "soft_cap": 5.0}
         given["key_scale"] = torch.zeros(head_dim, dtype=dtype)
         positions = torch.zeros(1, dtype=torch.long), torch.zeros(num_keys, dtype=torch.long)
         mask = Mask(causal=True, window_tokens=100, positions=positions, key_mask=torch.ones(batch, num_keys).bool())
@@ -350,6 +350,31 @@ def test_one_tile_in_shared_memory_serves_both_products(head_dim: int, compiled:
     made = compile_and_check(shaped(head_dim, 4, torch.bfloat16), compiled, max_spilled=0)
     assert (made.group_products, made.products) == (2, 2)
     assert compiled["combine"].spilled == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["plain", "int8", "pages", "everything else"])
+def test_there_may_be_one_of_everything(kind: str, compiled: dict[str, Compiled]):
+    """Triton takes a number that is 1 for a constant, which is no tensor: of a text alone, of one head, and of one key too."""
+    inputs = shaped(64, 1, torch.bfloat16, batch=1, kv_heads=1, **KINDS[kind])
+    compile_and_check(inputs, compiled, max_spilled=0)
+    assert "combine" in compiled
+    if kind == "plain":
+        compile_and_check(replace(inputs, key=(key := inputs.key[:, :, :1]), value=key), compiled, max_spilled=0)
+
+
+@needs_compiler
+def test_a_text_that_grows_compiles_nothing_anew(compiled: dict[str, Compiled]):
+    """Neither one in room that is there, nor one that is moved; of those that are short the output is finished at once."""
+    from twofold.kernels.triton import decode, decode_launch
+
+    inputs = shaped(64, 4, torch.bfloat16)
+    for tokens in (4096, 4081, 4000, 2900, 700):
+        for key in (inputs.key[:, :, :tokens], inputs.key[:, :, :tokens].contiguous()):
+            decode_launch.attend(replace(inputs, key=key, value=key))
+    for kernel in (decode.attend, decode.combine):
+        ((compiled_ones, *_),) = kernel.device_caches.values()
+        assert len(compiled_ones) == 1
 
 
 @needs_compiler

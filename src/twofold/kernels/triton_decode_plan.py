@@ -13,7 +13,7 @@ SHARED_BYTES = 227 * 1024
 """What a program may take of the shared memory of a multiprocessor of an H100 or H200; it has 1 KiB more, and so much more does each program take."""
 MAX_PARTS = 256
 NUMBERS_AT_A_TIME = 8192
-"""Of what parts leave, the second kernel reads so many at a time: 64 for each of its 128 threads."""
+"""Of what parts leave, the second kernel reads so many at a time: 32 for each of its 256 threads."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from twofold.kernels.triton.decode_tiles import (
     program,
     read,
     share,
+    sizes_of,
     token_scale,
     turned_pairs,
 )
@@ -36,9 +37,12 @@ from twofold.kernels.triton.decode_tiles import (
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["beside", "seen", "sizes"])
-def attend(query, held, beside, seen, output, sizes, scales, PLAN: tl.constexpr):
+@triton.jit(do_not_specialize=["num_keys", "splits"])
+def attend(held, beside, seen, output, fixed, num_keys, splits, PLAN: tl.constexpr):
     """One part of the keys for one KV head; see :mod:`twofold.kernels.triton.decode_launch` for what each tuple holds."""
+    query = held.query
+    scales = fixed.scales
+    sizes = sizes_of(fixed, num_keys, splits)
     DTYPE: tl.constexpr = query.pointer.dtype.element_ty
     VALUE_PIECES: tl.constexpr = PLAN.value_pieces
     where, rows, split = program(sizes, PLAN)
@@ -272,14 +276,15 @@ def with_sink(peak, norm, head, inside, sinks):
 @triton.jit
 def peaks_and_norms(output, sizes, PLAN: tl.constexpr):
     """Where the peaks of all parts begin, and where their norms do: behind the sums."""
-    parts = sizes.batch.to(tl.int64) * sizes.kv_heads * sizes.group * sizes.num_queries * sizes.splits
+    parts = sizes.splits.to(tl.int64) * sizes.batch * sizes.kv_heads * sizes.group * sizes.num_queries
     peaks = output.parts + parts * PLAN.value_dim
     return peaks, peaks + parts
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def combine(output, sizes, PLAN: tl.constexpr):
+@triton.jit(do_not_specialize=["num_keys", "splits"])
+def combine(output, fixed, num_keys, splits, PLAN: tl.constexpr):
     """One row of the output, from all parts of the keys."""
+    sizes = sizes_of(fixed, num_keys, splits)
     number = tl.program_id(0)
     token, head = number % sizes.num_queries, number // sizes.num_queries % (sizes.kv_heads * sizes.group)
     batch = number // (sizes.num_queries * sizes.kv_heads * sizes.group)

@@ -25,8 +25,9 @@ class Strided(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What is read by the tile: keys and values [B, G, S, D] or [pages, G, tokens, D], the shared key [B, 1, S, d_r], angles [B, S, pairs]."""
+    """What is read by the tile: queries [B, H, T, D + d_r], keys and values [B, G, S, D] or [pages, G, tokens, D], the shared key [B, 1, S, d_r], angles [B, S, pairs]."""
 
+    query: Strided
     key: Strided
     value: Strided | None
     extension: Strided | None
@@ -63,23 +64,22 @@ class Output(NamedTuple):
     parts: Tensor | None
 
 
-class Sizes(NamedTuple):
-    """Numbers that a kernel is not compiled for."""
-
-    batch: int
-    num_keys: int
-    num_queries: int
-    kv_heads: int
-    group: int
-    row_blocks: int
-    splits: int
-
-
 class Scales(NamedTuple):
     """Of the logits."""
 
     scale: float
     soft_cap: float | None
+
+
+class Fixed(NamedTuple):
+    """Numbers that stay while a text grows: Triton compiles a kernel for those of a tuple that are 1, and for multiples of 16."""
+
+    batch: int
+    num_queries: int
+    kv_heads: int
+    group: int
+    row_blocks: int
+    scales: Scales
 
 
 def call_of(inputs: Inputs) -> Call:
@@ -134,21 +134,13 @@ def attend(inputs: Inputs) -> Tensor:
     (plan, splits), kv_heads = plan_for(inputs), inputs.key.shape[1]
     group = heads // kv_heads
     row_blocks = -(-group * num_queries // plan.rows)
-    sizes = Sizes(batch, inputs.num_keys, num_queries, kv_heads, group, row_blocks, splits)
-    kept = _output(inputs, output, 0 if plan.is_whole else splits)
-    arguments = (
-        Strided(inputs.query, inputs.query.stride()),
-        _held(inputs, plan),
-        _beside(inputs),
-        _seen(inputs),
-        kept,
-        sizes,
-    )
     scales = Scales(float(inputs.scale), float(inputs.soft_cap) or None)
-    programs = row_blocks * kv_heads * splits * batch
-    launch(decode.attend, programs, (*arguments, scales, plan), warps=plan.warps, stages=plan.stages)
+    kept = _output(inputs, output, 0 if plan.is_whole else splits)
+    numbers = (Fixed(batch, num_queries, kv_heads, group, row_blocks, scales), inputs.num_keys, splits, plan)
+    arguments = (_held(inputs, plan), _beside(inputs), _seen(inputs), kept, *numbers)
+    launch(decode.attend, row_blocks * kv_heads * splits * batch, arguments, warps=plan.warps, stages=plan.stages)
     if not plan.is_whole:
-        launch(decode.combine, batch * heads * num_queries, (kept, sizes, plan), warps=4, stages=1)
+        launch(decode.combine, batch * heads * num_queries, (kept, *numbers), warps=8, stages=1)
     return output
 
 
@@ -188,6 +180,7 @@ def _held(inputs: Inputs, plan: Plan) -> Held:
         tables = rotation.steady if plan.is_steady and rotation.steady else (rotation.cosine, rotation.sine)
         cosine, sine = map(_table, tables)
     return Held(
+        query=Strided(inputs.query, inputs.query.stride()),
         key=Strided(inputs.key, inputs.key.stride()),
         value=None if inputs.shares_value else _strided(inputs.value),
         extension=_strided(inputs.key_extension),

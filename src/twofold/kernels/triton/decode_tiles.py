@@ -7,8 +7,28 @@ lies in shared memory, for q · k and, by its transpose, for the sum of values.
 Shapes: N keys of a tile, M rows: the queries of all heads and tokens that read one KV head. ``where`` is the batch row and the KV head.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Sizes(NamedTuple):
+    """How many there are of what; the number of keys and that of the parts change while a text grows."""
+
+    batch: object
+    num_keys: object
+    num_queries: object
+    kv_heads: object
+    group: object
+    row_blocks: object
+    splits: object
+
+
+@triton.jit
+def sizes_of(fixed, num_keys, splits):
+    """All together. What is in a tuple a kernel is compiled for, as far as it is 1 or a multiple of 16, and so these two come by themselves."""
+    return Sizes(fixed.batch, num_keys, fixed.num_queries, fixed.kv_heads, fixed.group, fixed.row_blocks, splits)
 
 
 @triton.jit
