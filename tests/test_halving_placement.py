@@ -136,6 +136,7 @@ def test_a_model_that_is_offloaded(name: str, offloaded: str, tmp_path: Path):
     assert torch.equal(said(model)[0], before)
 
 
+@pytest.mark.filterwarnings("ignore:.*on a device type different:UserWarning")  # of Transformers 5.17
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_that_is_offloaded_once_it_is_halved(name: str):
     model = small(name)

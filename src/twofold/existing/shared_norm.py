@@ -41,7 +41,7 @@ def reads_only(layer: nn.Module) -> bool:
 def why_not(layer: Any) -> str:
     """Why a layer of one of :data:`CLASSES` cannot be held in one tensor; empty: it can. Read from the module itself, not from its config."""
     if layer.v_proj is not None:
-        return "it projects its values apart from its keys, and has fewer KV heads than query heads"
+        return "it projects its values apart from its keys, and normalizes both"
     if layer.k_norm.eps != layer.v_norm.eps:
         return f"k_norm and v_norm divide by different lengths (eps {layer.k_norm.eps} and {layer.v_norm.eps})"
     if type(layer.k_norm) is not type(layer.v_norm) or getattr(layer.v_norm, "with_scale", True):
