@@ -76,6 +76,27 @@ def test_masks_that_are_added_to_the_logits(name: str, kind: str, attention: str
             restore(model)
 
 
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "llama", "opt"])
+def test_padding_is_no_nan_in_half_precision(name: str):
+    """Where every logit is far below zero, and the lowest number of float16 is near; padding sees nothing, and what it makes of that is cached."""
+    model = gemma() if name == "gemma" else randomized(MULTI_HEAD[name](), std=0.08)
+    for layer in model.modules():
+        if name == "gemma" and type(layer).__name__.endswith("Attention"):
+            layer.q_norm.weight.data.mul_(16)
+        elif type(layer).__name__ == "GPT2Attention":
+            layer.c_attn.bias.data[:64] = torch.tensor([6.0, -6.0]).repeat_interleave(32)
+        elif type(layer).__name__.endswith("Attention"):
+            layer.q_proj.bias.data.fill_(6)
+            layer.k_proj.bias.data.fill_(-6)
+    model = model.half()
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, :4] = 0
+    halve(model, max_error=9.0)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    logits = model.generate(tokens(2, 10), attention_mask=mask, pad_token_id=0, **options).logits
+    assert torch.stack(logits).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["bart", "t5", "umt5"])
 def test_masks_of_decoders_that_are_added_to_the_logits(name: str):
     model = randomized(ENCODER_DECODER[name]())

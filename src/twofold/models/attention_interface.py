@@ -128,14 +128,15 @@ def mask_and_bias(
     """The mask in words, and what is added to the logits."""
     if attention_mask is None:
         return Mask(causal=is_causal), bias
+    # A number and not -inf, as in Transformers: a query that sees nothing (padding) then gives numbers, and not NaN. Half of the lowest, to which logits of
+    # float16 can be added.
+    lowest = torch.finfo(query.dtype).min / 2
     if attention_mask.dtype != torch.bool:
         added = attention_mask if bias is None else attention_mask + bias
-        return Mask(causal=False), added.to(query.dtype)
+        return Mask(causal=False), added.to(query.dtype).clamp(min=lowest)
     if query.shape[2] == 1 and attention_mask.shape[1] == 1:
         key_mask = attention_mask[:, 0, 0].expand(query.shape[0], -1)
         return Mask(causal=False, key_mask=key_mask), bias
-    # The lowest finite number and not -inf, as in Transformers: a query that sees nothing (padding) then gives numbers, and not NaN.
-    lowest = torch.finfo(query.dtype).min
     hidden = torch.zeros_like(attention_mask, dtype=query.dtype) if bias is None else bias
     return Mask(causal=False), torch.where(attention_mask, hidden, lowest)
 
