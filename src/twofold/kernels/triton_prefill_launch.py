@@ -235,7 +235,9 @@ class _Call:
             distance=self.settings.distance,
         )
         tiles = tiles_of(role, plan, itemsize=query.element_size(), capability=_capability(query.device))
-        return plan.with_tiles(tiles, self.sizes.num_queries), tiles
+        # Whether the last block of queries is full is no matter to a program that has one: prompts of any length share a kernel.
+        num_queries = self.sizes.num_queries if role == "stream_gradient" else 1
+        return plan.with_tiles(tiles, num_queries), tiles
 
     def query_blocks(self, plan: Plan) -> int:
         """Programs of a kernel that has tiles of queries."""
