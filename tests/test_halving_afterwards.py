@@ -352,8 +352,29 @@ def test_a_cache_that_quantizes_keys_and_values_apart():
     model = made("gpt2").float()
     halve(model)
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
-    with pytest.raises(TwofoldError, match=r"not held by a Fp8QuantizedLayer: give twofold\.existing\.low_bits"):
+    with pytest.raises(TwofoldError, match=r"not held by a Fp8QuantizedLayer: .*twofold\.existing\.low_bits"):
         model.generate(tokens(1, 9), max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_in_pages(name: str):
+    """What ``generate_batch`` makes: nothing of a Cache, but ``update``."""
+
+    class PagedAttentionCache:
+        def update(self, *_: Any) -> None:
+            pytest.fail("it was given one tensor")
+
+    model = made(name)
+    halve(model)
+    layer = next(part for part in model.modules() if vars(part).get("_twofold_forward", 0) is None)
+    position = (torch.ones(1, 2, 32, dtype=torch.float64),) * 2
+    with pytest.raises(TwofoldError, match=r"not held by a PagedAttentionCache: call generate"):
+        layer(
+            torch.zeros(1, 2, 32, dtype=torch.float64),
+            position_embeddings=position,
+            attention_mask=None,
+            past_key_values=PagedAttentionCache(),
+        )
 
 
 def test_a_quantized_cache_is_one_cache():

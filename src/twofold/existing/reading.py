@@ -52,12 +52,14 @@ def check_is_here(weight: Tensor) -> None:
 
 
 def check_halved(cache: Any, layer_index: int) -> None:
-    """Raise TwofoldError for a cache that this layer filled with keys and values before it was halved, or that must have both to quantize them."""
+    """Raise TwofoldError for a cache that this layer filled with keys and values before it was halved, or that must have both, in few bits or in pages."""
     layers = getattr(cache, "layers", ())
     layer = layers[layer_index] if layer_index < len(layers) else None
-    if hasattr(layer, "_quantize"):
+    if hasattr(layer, "_quantize") or not hasattr(cache, "get_seq_length"):
+        holder = layer if hasattr(layer, "_quantize") else cache
         raise TwofoldError(
-            f"A halved layer's one tensor is not held by a {type(layer).__name__}: give twofold.existing.low_bits.quantized_cache(model) as the cache."
+            f"A halved layer's one tensor is not held by a {type(holder).__name__}: call generate with an ordinary cache, or with "
+            "twofold.existing.low_bits.quantized_cache(model)."
         )
     values = getattr(layer, "__dict__", {}).get("values")
     if isinstance(values, Tensor) and values.shape[-1]:
