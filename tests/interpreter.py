@@ -20,6 +20,10 @@ IS_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETING or not torch.cuda.is_available() else "cuda"
 
 
+IS_ROOMY = DEVICE == "cpu" or torch.cuda.get_device_properties(0).total_memory > 30 << 30
+"""Whether tensors may be spread out over gigabytes of which hardly any are touched: a CPU's system gives no others, a GPU all of them."""
+
+
 def run_interpreted(file: str, *options: str, interpret: bool = True) -> None:
     """Run the tests of a file beside this one in a process of its own; fails with what it printed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
