@@ -377,6 +377,18 @@ def test_a_cache_in_pages(name: str):
         )
 
 
+def test_a_quantized_cache_has_groups():
+    model: Any = gemma()
+    halve(model)
+    for options, says in (
+        ({"axis": "head", "tail_tokens": 0}, "models of Twofold's own"),
+        ({"bits": 3}, "cache of 3 bits cannot be had"),
+        ({"axis": "row"}, "axis is 'row'"),
+    ):
+        with pytest.raises(TwofoldError, match=says):
+            quantized_cache(model, **options)
+
+
 def test_a_quantized_cache_is_one_cache():
     model = made("bart")
     halve(model)

@@ -44,6 +44,10 @@ def quantized_cache(
     if not layers:
         raise TwofoldError(f"This {type(model).__name__} is not halved: call twofold.halve(model) first.")
     spec = CacheSpec(bits=bits, axis=axis, group_size=group_size, tail_tokens=tail_tokens)
+    if spec.axis == "head":
+        raise TwofoldError(
+            "Codes with one scale for a head are for models of Twofold's own: use axis='token' or 'channel'."
+        )
     config: Any = model.config
     if config.is_encoder_decoder:
         raise TwofoldError(
