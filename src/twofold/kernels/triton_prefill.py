@@ -4,7 +4,8 @@ Where V = K, the stream is read once for both products, kept once for the way ba
 as value is added up in float32 before it is rounded. Keys that turn when they are read turn inside of the kernel. With two tensors the same code
 computes the same attention, for comparison; ``auto`` leaves that to PyTorch.
 
-Windows, packed documents, padding and chunks of queries are masks that kernels know, and tiles in which nothing is visible are not visited.
+Windows, packed documents, padding and chunks of queries are masks that kernels know; tiles that all queries are too far from, or that are of other
+documents, are not visited.
 """
 
 from __future__ import annotations
