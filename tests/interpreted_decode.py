@@ -360,6 +360,24 @@ def test_codes_beyond_a_length_are_not_read(dtype: torch.dtype):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("size", [0.01, 3000.0])
+def test_codes_may_mean_numbers_of_any_size(size: float):
+    """Many keys weigh little beside one, and what their codes are multiplied by is small, large or 0: float16 has little room for both."""
+    dtype = torch.float16
+    normal = drawn(15, dtype)
+    stream = drawn(15, torch.float32)(1, 1, 6000, 16) * size
+    scales = stream.abs().amax(dim=3, keepdim=True) / 127
+    scales[0, 0, :64] = 0  # nothing but zeros
+    codes = (stream / scales.clamp(min=1e-9)).round().clamp(-127, 127).to(torch.int8)
+    bias = torch.full((1, 1, 1, 6000), -6.0, dtype=dtype, device=DEVICE)
+    bias[..., 5000] = 0
+    inputs = Inputs(
+        query=normal(1, 2, 1, 16), key=codes, value=codes, mask=Mask(causal=True), scale=0.1 / size, bias=bias,
+        key_scales=scales, value_scales=scales,
+    )  # fmt: skip
+    assert_close(triton_decode.attend(inputs), inputs)
+
+
 @pytest.mark.parametrize("page", [16, 32, 48, 128])
 def test_pages_are_rows_that_lie_anywhere(page: int):
     """As vLLM lays them out: [pages, tokens, heads, dims], of which only those of a text are written."""
