@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.models.diffusion_gemma import modeling_diffusion_gemma
 from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.gemma4_unified import modeling_gemma4_unified
 
@@ -95,7 +96,11 @@ def norms_in_float64() -> Iterator[None]:
         normed = self._norm(hidden_states)
         return normed * self.weight if self.with_scale else normed
 
-    norms = modeling_gemma4.Gemma4RMSNorm, modeling_gemma4_unified.Gemma4UnifiedRMSNorm
+    norms = (
+        modeling_gemma4.Gemma4RMSNorm,
+        modeling_gemma4_unified.Gemma4UnifiedRMSNorm,
+        modeling_diffusion_gemma.DiffusionGemmaRMSNorm,
+    )
     kept = [norm.forward for norm in norms]
     for norm in norms:
         norm.forward = forward

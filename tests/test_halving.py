@@ -278,6 +278,26 @@ def test_a_decoder_that_refines_text_beside_an_encoders_cache():
     assert [b // a for b, a in zip(cache_bytes(cache), cache_bytes(half), strict=True)] == [1, 1, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of what this generate imports
+@torch.no_grad()
+def test_text_that_is_refined_block_by_block():
+    """Its own way to generate: the decoder reads its last guesses again and again beside the cache, then the encoder caches the block."""
+    model = diffusion_gemma().double()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(0.4)  # guesses that are read again let no difference grow
+
+    def made() -> Tensor:
+        torch.manual_seed(0)
+        return model.generate(tokens(2, 14), max_new_tokens=12).sequences
+
+    with norms_in_float64():
+        before = made()
+        assert before.shape == (2, 14 + 2 * 6)
+        halve(model)
+        assert torch.equal(made(), before)
+
+
 @pytest.mark.parametrize("name", ["gemma", "gpt2", "llama"])
 def test_a_model_that_was_trained_here_says_the_same_and_predicts_as_well(name: str):
     torch.manual_seed(0)
