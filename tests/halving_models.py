@@ -212,10 +212,10 @@ VISION: dict[str, Any] = {
 SIGNS = {"image_token_id": VOCAB - 1, "boi_token_id": VOCAB - 2, "eoi_token_id": VOCAB - 3}
 
 
-def gemma_with_images() -> Any:
+def gemma_with_images(**changes: Any) -> Any:
     """The wrapper around text and vision."""
     config = transformers.Gemma4Config(
-        text_config=gemma_config().to_dict(), vision_config=VISION, audio_config=None, **SIGNS
+        text_config=gemma_config(**changes).to_dict(), vision_config=VISION, audio_config=None, **SIGNS
     )
     return randomized(transformers.Gemma4ForConditionalGeneration(config))
 

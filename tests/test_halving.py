@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from halving_models import (
     MULTI_HEAD,
     PER_LAYER_INPUTS,
+    SIGNS,
     WINDOWED,
     cache_bytes,
     cache_of,
@@ -256,6 +257,32 @@ def test_the_wrapper_with_images_is_halved_where_its_text_is():
     assert torch.equal(before, after)
     torch.testing.assert_close(halved, logits)
     assert report.num_halved == 2
+    assert sum(cache_bytes(half)) < sum(cache_bytes(cache))
+
+
+@pytest.mark.parametrize("bidirectional", [None, "vision"])
+def test_images_in_a_padded_batch(bidirectional: str | None):
+    """Whose tokens may see one another, before and behind."""
+    model = gemma_with_images(use_bidirectional_attention=bidirectional)
+    text, mask = tokens(2, 20), mask_of(2, 20, 5)
+    text[:, 7], text[:, 12] = SIGNS["boi_token_id"], SIGNS["eoi_token_id"]
+    text[:, 8:12] = SIGNS["image_token_id"]
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).repeat(2, 1, 1)
+    given = {
+        "input_ids": text,
+        "attention_mask": mask,
+        "pixel_values": torch.rand(2, 16, 12, dtype=torch.float64),
+        "image_position_ids": places,
+        "mm_token_type_ids": (text == SIGNS["image_token_id"]).long(),
+    }
+    with norms_in_float64():
+        before, logits, cache = generated(model, **given)
+        of_another = generated(model, **given | {"pixel_values": given["pixel_values"].flip(1)})[1]
+        halve(model)
+        after, halved, half = generated(model, **given)
+    assert torch.equal(before, after)
+    torch.testing.assert_close(halved, logits)
+    assert not torch.allclose(of_another, logits)
     assert sum(cache_bytes(half)) < sum(cache_bytes(cache))
 
 
