@@ -204,6 +204,19 @@ def test_weights_that_are_written_to_afterwards(name: str, how: str):
     assert torch.equal(answer(model, text), expected)
 
 
+def test_numbers_that_are_where_others_were_are_not_written_to():
+    """As memory is given out again: a bias that was written thrice may come to lie where a weight lay that was written once."""
+    model = made("gpt2").float()
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.bias.mul_(1).mul_(1).mul_(1)
+    halve(model)
+    forward = model.transformer.h[0].attn.forward
+    (weight, written), (bias, rewritten) = forward.version
+    assert rewritten > written
+    forward.version = [(bias, written), (weight, rewritten)]
+    answer(model, tokens(1, 9))
+
+
 @pytest.mark.parametrize("when", ["halved", "followed"])
 @pytest.mark.parametrize("name", NAMES)
 def test_what_inference_mode_made_serves_gradients_too(name: str, when: str):

@@ -277,12 +277,13 @@ class MultiHeadForward:
     def _version(self) -> list[tuple[int, int]]:
         """Where the numbers in the projections of K and V are, and how many times they have been written since they are there."""
         weights = (weight for source in self.sources for weight in source.parameters(recurse=False))
-        return [(weight.data_ptr(), weight._version) for weight in weights if not weight.is_inference()]
+        return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
 
     def _check_version(self) -> None:
         """Raise TwofoldError where the weights were overwritten, of which the map was made; those of a copy, or in another dtype, are the same numbers."""
-        now, then = self._version(), dict(self.version)
-        if any(count > then.get(place, count) for place, count in now):
+        now = self._version()
+        pairs = zip(now, self.version, strict=True)
+        if any(place == former and count > before for (place, count), (former, before) in pairs):
             raise TwofoldError(
                 f"The weights of {type(self.layer).__name__} have been written to since it was halved: call twofold.restore(model) and halve it again."
             )
