@@ -327,9 +327,9 @@ class MultiHeadForward:
                 return Held(cache.layers[index].keys, None, is_new=False), None
         key, value = pair()
         kept, lost = (key, value) if self.kept == "keys" else (value, key)
-        self.rounding.check(kept.dtype)
         if cache is None:
             return Held(kept, own, is_new=True), lost
+        self.rounding.check(kept.dtype)
         every, seen = append(cache, kept, index)
         if crossing and isinstance(whole, EncoderDecoderCache):
             whole.is_updated[index] = True
