@@ -293,6 +293,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8 and rotation": {"codes": torch.int8, "pairs": 0.125, "is_steady": True},
     "shared key": {"extension": 64},
     "pages": {"page": 16},
+    "int8, all that is wide": {"codes": torch.int8, "pairs": 0.5, "extension": 128, "page": 16},
     "everything else": {"beside": True},
 }
 
@@ -412,16 +413,22 @@ def elsewhere(compiled: dict[str, Compiled], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_compiler
-def test_the_widest_heads_fit_into_a_b200(elsewhere: Callable[[int, Inputs], Compiled]):
-    made = elsewhere(100, shaped(512, 8, torch.bfloat16, pairs=0.125, is_steady=True))
-    assert made.shared <= OTHERS[100]
-    assert 0 < made.columns <= TENSOR_MEMORY
+@pytest.mark.parametrize(("capability", "kind"), [(100, "partial rotation, steady"), (89, "int8, all that is wide")])
+def test_the_widest_heads_fit_into_other_gpus(capability: int, kind: str, elsewhere: Callable[[int, Inputs], Compiled]):
+    made = elsewhere(capability, shaped(512, 8, torch.bfloat16, **KINDS[kind]))
+    assert made.shared <= OTHERS[capability]
+    assert made.columns <= TENSOR_MEMORY
+    assert (made.columns > 0) == (capability == 100)
 
 
 @needs_compiler
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "kind", ["plain", "two tensors", "full rotation", "partial rotation, steady", "int8", "shared key", "pages"]
+    "kind",
+    [
+        *("plain", "two tensors", "full rotation", "partial rotation, steady"),
+        *("int8", "shared key", "pages", "int8, all that is wide"),
+    ],
 )
 @pytest.mark.parametrize("group", [1, 17, 64])
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])

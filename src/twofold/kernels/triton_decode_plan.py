@@ -225,6 +225,9 @@ def _tiles_in_registers(call: Call, rows: int, shared_bytes: int) -> Tiles:
     elif rows == 16:
         keys, programs = 128 if width == 64 else 64, 3 if width <= 128 and not call.pairs else 2
     tile, kept = _bytes(call, rows, keys)
+    while tile + kept > shared_bytes and keys > 16:
+        keys //= 2
+        tile, kept = _bytes(call, rows, keys)
     programs = max(1, min(programs, (shared_bytes + 1024) // (tile + kept + 1024)))
     return Tiles(keys=keys, warps=warps, stages=2, programs=programs)
 
