@@ -26,10 +26,11 @@ from rows import Row, in_turn, ratio, row, show
 from twofold.models import build_model
 from twofold.spec import GPT2_BLOCK, ModelSpec
 from twofold.study.provenance import usable_cores
+from twofold.task_spec import TaskSpec
 from twofold.tasks import Task, load_task
 from twofold.training.acceleration import accelerator_of
 from twofold.training.optimizer import adamw
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 from twofold.training.stacked import Machine, Stack
 from twofold.training.step import Stepper
 

@@ -38,9 +38,10 @@ from twofold.kernels import Inputs, Mask, Rotation, reference, scaled_dot_produc
 from twofold.kernels.triton import is_interpreting
 from twofold.kernels.triton_prefill_plan import Tiles
 from twofold.models import build_model
+from twofold.task_spec import TaskSpec
 from twofold.tasks.task import TableTask
 from twofold.training.acceleration import accelerator_of
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 from twofold.training.step import LossLedger, Stepper
 
 Pass = Callable[[], object]

@@ -21,7 +21,7 @@ from twofold.study.expansion import TaskAnswer, expand
 from twofold.study.plan import StudyPlan
 from twofold.study.record import PlannedRun, StudyRecord
 from twofold.study.tuning import runs
-from twofold.training.spec import TaskSpec
+from twofold.task_spec import TaskSpec
 
 PLAN: dict[str, Any] = {
     "name": "synthetic",

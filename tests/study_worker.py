@@ -23,7 +23,7 @@ from twofold.errors import TwofoldError
 from twofold.study.expansion import TaskAnswer, expand
 from twofold.study.plan import StudyPlan
 from twofold.study.worker import _listen
-from twofold.training.spec import TaskSpec
+from twofold.task_spec import TaskSpec
 
 
 def say(**values: object) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from twofold.task_spec import TaskSpec
 from twofold.tasks import Task, load_task
-from twofold.training.spec import TaskSpec
 
 LISTS = {"length": 6, "train_size": 40, "held_out_size": 11}
 SMALL: dict[str, dict[str, Any]] = {

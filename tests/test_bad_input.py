@@ -28,9 +28,10 @@ from twofold.models import TwofoldConfig, build_model, load_model
 from twofold.spec import ModelSpec
 from twofold.study.expansion import expand
 from twofold.study.plan import parse_plan
+from twofold.task_spec import TaskSpec
 from twofold.tasks import load_task
 from twofold.tie import Tie
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 from twofold.training.trainer import train
 
 LM = presets.PRESETS["tiny"].with_changes(

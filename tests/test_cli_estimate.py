@@ -17,7 +17,8 @@ from twofold.cli import app
 from twofold.cost import cache_bytes, parameters
 from twofold.models import TwofoldConfig, build_model
 from twofold.presets import PRESETS
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.task_spec import TaskSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 
 TINY = PRESETS["tiny"].with_changes(
     hidden_size=24, num_hidden_layers=2, head_dim=6, intermediate_size=20, tie="(Q, K=V)"

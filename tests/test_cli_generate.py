@@ -30,7 +30,8 @@ from twofold.generation.codec import ByteCodec, TokenizerCodec, codec_of
 from twofold.models import TwofoldConfig, TwofoldForCausalLM, build_model
 from twofold.presets import PRESETS
 from twofold.spec import ModelSpec
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.task_spec import TaskSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 
 TINY = PRESETS["tiny"].with_changes(
     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, intermediate_size=20,

@@ -19,8 +19,9 @@ from twofold.cli.train import model_of
 from twofold.errors import TwofoldError
 from twofold.presets import PRESETS
 from twofold.study.progress import RunUnderWay, StudyProgress
+from twofold.task_spec import TaskSpec
 from twofold.training.progress import Progress
-from twofold.training.spec import RunSpec, TaskSpec
+from twofold.training.spec import RunSpec
 
 TINY = ["--layers", "1", "--hidden-size", "16", "--heads", "2", "--steps", "12", "--batch-size", "8", "--device", "cpu"]
 REVERSE = ["--task", "reverse", "--option", "length=5", "--option", "train_size=64", "--option", "held_out_size=32"]

@@ -66,7 +66,7 @@ import torch, twofold
 from twofold.kernels import BACKENDS, Inputs, Mask, attend, choose
 from twofold.positions import positions_from_dict, positions_to_dict
 from twofold.tasks import load_task
-from twofold.training.spec import TaskSpec
+from twofold.task_spec import TaskSpec
 
 assert twofold.__file__.startswith({folder!r}), twofold.__file__
 

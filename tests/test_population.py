@@ -22,13 +22,14 @@ from twofold.errors import TwofoldError
 from twofold.lock import FolderLock
 from twofold.models import build_model
 from twofold.spec import ModelSpec
+from twofold.task_spec import TaskSpec
 from twofold.tasks import Task, load_task
 from twofold.training.alike import MAX_MODELS, models_in, shape_of
 from twofold.training.checkpoint import Checkpoints
 from twofold.training.evaluation import evaluate
 from twofold.training.optimizer import adamw
 from twofold.training.population import train_population
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 from twofold.training.stacked import Machine, Stack
 from twofold.training.trainer import Outcome, train
 

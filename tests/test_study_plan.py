@@ -21,7 +21,8 @@ from twofold.study import plan as plans
 from twofold.study.expansion import TaskAnswer, expand
 from twofold.study.plan import StudyPlan, load_plan, parse_plan
 from twofold.study.record import Entry, PlannedRun, TaskFacts
-from twofold.training.spec import RunSpec, TaskSpec
+from twofold.task_spec import TaskSpec
+from twofold.training.spec import RunSpec
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 TUNED = {"name": "rate", "tune": True, "points": [{"name": "a"}, {"name": "b"}]}

@@ -23,8 +23,8 @@ from twofold.study.progress import StudyProgress
 from twofold.study.record import PlannedRun, StudyRecord
 from twofold.study.results import Results
 from twofold.study.runner import run_study
+from twofold.task_spec import TaskSpec
 from twofold.training.alike import models_in
-from twofold.training.spec import TaskSpec
 
 WORKER = (sys.executable, str(Path(__file__).with_name("study_worker.py")))
 

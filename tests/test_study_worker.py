@@ -28,8 +28,9 @@ from twofold.study.progress import StudyProgress
 from twofold.study.record import StudyRecord
 from twofold.study.results import Results
 from twofold.study.runner import run_study
+from twofold.task_spec import TaskSpec
 from twofold.training.progress import Progress
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 
 RUN = RunSpec(
     task=TaskSpec(name="text", options={"context": 64}),

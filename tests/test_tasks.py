@@ -21,11 +21,11 @@ from twofold.errors import TwofoldError
 from twofold.models import build_model
 from twofold.models.sequence import IGNORED as IGNORED_BY_MODELS
 from twofold.spec import ModelSpec
+from twofold.task_spec import TaskSpec
 from twofold.tasks import IGNORED, TASKS, Task, load_task
 from twofold.tasks.extras import data_library
 from twofold.tasks.options import Options, read_options
 from twofold.tasks.task import distinct, generator
-from twofold.training.spec import TaskSpec
 
 
 @pytest.fixture(params=SMALL, scope="module")
@@ -122,7 +122,7 @@ def test_where_nearly_everything_is_held_out_a_sentence_says_so():
 
 def test_the_same_options_give_the_same_data_in_another_process():
     code = (
-        "import json, sys; from twofold.tasks import load_task; from twofold.training.spec import TaskSpec;"
+        "import json, sys; from twofold.tasks import load_task; from twofold.task_spec import TaskSpec;"
         "print([load_task(TaskSpec(name=name, options=options)).data_hash for name, options in json.loads(sys.argv[1])])"
     )
     names = ("sort", "recall", "anomaly", "text")

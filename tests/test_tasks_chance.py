@@ -14,9 +14,9 @@ from torch import Tensor
 
 from task_fixture import SMALL, load
 from task_solvers import scores, shift, width
+from twofold.task_spec import TaskSpec
 from twofold.tasks import IGNORED, Task, load_task
 from twofold.tasks.task import commonest_so_far
-from twofold.training.spec import TaskSpec
 
 PAGE = Path(__file__).parent.parent / "docs" / "tasks.md"
 Guesser = Callable[[list[int], int, np.random.Generator], int]

@@ -17,10 +17,10 @@ from task_fixture import load, totals_of
 from twofold.errors import TwofoldError
 from twofold.models import build_model
 from twofold.spec import ModelSpec
+from twofold.task_spec import TaskSpec
 from twofold.tasks import IGNORED, TASKS, arithmetic, deduction, list_functions, load_task, questions, word_problems
 from twofold.tasks.questions import Draws, Question, QuestionTask, constant_guess, text
 from twofold.tasks.task import generator
-from twofold.training.spec import TaskSpec
 
 NAMES = ("arithmetic", "list-functions", "deduction", "word-problems")
 OPTIONS = {

@@ -17,6 +17,7 @@ from task_fixture import SMALL, load
 from task_solvers import ANSWERS, SOLVERS, check_labels, elements, guessed, related, scores, solved, tracked, walked
 from twofold.errors import TwofoldError
 from twofold.spec import ModelSpec
+from twofold.task_spec import TaskSpec
 from twofold.tasks import (
     IGNORED,
     TASKS,
@@ -34,7 +35,7 @@ from twofold.tasks import (
 from twofold.tasks.facts import rings
 from twofold.tasks.state_tracking import multiplication
 from twofold.tasks.task import generator
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 from twofold.training.trainer import train
 
 PAGE = Path(__file__).parent.parent / "docs" / "tasks.md"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from twofold.spec import ModelSpec
+from twofold.task_spec import TaskSpec
 from twofold.tasks import load_task
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 from twofold.training.trainer import train
 
 SIZES = {

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from twofold.spec import ModelSpec
+from twofold.task_spec import TaskSpec
 from twofold.tasks import Task
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+from twofold.training.spec import RunSpec, TrainingSpec
 from twofold.training.trainer import train
 
 FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}

@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from twofold.spec import AttentionSpec, ModelSpec
     from twofold.study.plan import StudyPlan
     from twofold.study.results import Results
+    from twofold.task_spec import TaskSpec
     from twofold.tasks import load_task
     from twofold.tie import Tie, TiePattern
     from twofold.training.evaluation import evaluate
-    from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec
+    from twofold.training.spec import RunSpec, TrainingSpec
     from twofold.training.trainer import Outcome, train
 
 __all__ = [
@@ -94,7 +95,7 @@ _HOMES = {
     "RunSpec": "training.spec",
     "SharedRotaryPositions": "positions",
     "StudyPlan": "study.plan",
-    "TaskSpec": "training.spec",
+    "TaskSpec": "task_spec",
     "Tie": "tie",
     "TieError": "errors",
     "TiePattern": "tie",

@@ -16,7 +16,8 @@ from twofold.cli.output import Json, show, show_json
 from twofold.cli.run_folder import model_folder, read_run
 from twofold.errors import TwofoldError
 from twofold.lazy import Lazy
-from twofold.training.spec import RunSpec, TaskSpec
+from twofold.task_spec import TaskSpec
+from twofold.training.spec import RunSpec
 
 if TYPE_CHECKING:
     from twofold import models, tasks

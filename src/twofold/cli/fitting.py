@@ -13,7 +13,8 @@ import typer
 from twofold.cli.pairs import read_pairs
 from twofold.errors import TwofoldError
 from twofold.lazy import Lazy
-from twofold.training.spec import Precision, Schedule, TaskSpec, TrainingSpec
+from twofold.task_spec import TaskSpec
+from twofold.training.spec import Precision, Schedule, TrainingSpec
 
 if TYPE_CHECKING:
     import torch

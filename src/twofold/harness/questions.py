@@ -14,9 +14,9 @@ import yaml
 
 from twofold.storage import write_text, writing
 from twofold.study.plan import PlannedTask, StudyPlan
+from twofold.task_spec import TaskSpec
 from twofold.tasks import load_task
 from twofold.tasks.questions import END, QuestionTask
-from twofold.training.spec import TaskSpec
 
 PREFIX = "twofold_"
 

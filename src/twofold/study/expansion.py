@@ -19,7 +19,8 @@ from twofold.spec import ModelSpec
 from twofold.study.plan import PlannedTask, StudyPlan
 from twofold.study.record import Entry, TaskFacts
 from twofold.study.sections import Match, Variant
-from twofold.training.spec import RunSpec, TaskSpec, TrainingSpec, fingerprint_of
+from twofold.task_spec import TaskSpec
+from twofold.training.spec import RunSpec, TrainingSpec, fingerprint_of
 
 TOLERANCE = 0.01
 CACHE_DTYPE = "bf16"

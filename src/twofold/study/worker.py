@@ -34,8 +34,9 @@ from twofold.errors import TwofoldError
 from twofold.lazy import Lazy
 from twofold.study.expansion import TaskAnswer, expand
 from twofold.study.plan import StudyPlan
+from twofold.task_spec import TaskSpec
 from twofold.training.progress import Progress
-from twofold.training.spec import RunSpec, TaskSpec
+from twofold.training.spec import RunSpec
 
 if TYPE_CHECKING:
     import torch

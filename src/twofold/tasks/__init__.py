@@ -6,9 +6,9 @@ A new task is one file with its options, its :class:`Task` and ``KINDS``, and it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from twofold.errors import TwofoldError
+from twofold.task_spec import TaskSpec
 from twofold.tasks import (
     anomaly,
     arithmetic,
@@ -31,9 +31,6 @@ from twofold.tasks import (
 )
 from twofold.tasks.options import Options, near_miss, read_options
 from twofold.tasks.task import IGNORED, Batch, Task, TaskKind
-
-if TYPE_CHECKING:
-    from twofold.training.spec import TaskSpec
 
 __all__ = ["IGNORED", "TASKS", "Batch", "Options", "Task", "TaskKind", "load_task"]
 
@@ -65,7 +62,7 @@ def load_task(spec: TaskSpec) -> Task:
     """The task of that name with those options. Raises TwofoldError for an unknown name or option, and for data that cannot be had.
 
     >>> import torch
-    >>> from twofold.training.spec import TaskSpec
+    >>> from twofold.task_spec import TaskSpec
     >>> load_task(TaskSpec(name="sort", options={"length": 4, "train_size": 8})).train_batch(torch.tensor([0]))["labels"].shape
     torch.Size([1, 4])
     """

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from twofold.errors import TwofoldError
 from twofold.spec import ModelSpec
+from twofold.task_spec import TaskSpec
 
 Schedule = Literal["cosine", "constant_with_decay"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -73,14 +74,6 @@ class TrainingSpec:
                 f"A batch of {self.batch_size} examples does not split into {self.accumulation_steps} equal parts; "
                 "change batch_size or accumulation_steps."
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskSpec:
-    """A task by name with its options (JSON values); the task's own file checks them."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
