@@ -386,7 +386,8 @@ def test_every_kind_compiles(head_dim: int, kind: str, dtype: torch.dtype, compi
     compile_call(head_dim, dtype, **KINDS[kind])
     for kernel in compiled.values():
         assert kernel.shared <= SHARED_BYTES[90]
-        assert kernel.spilled <= (360 if head_dim < 256 and kind != "everything" else 1000)
+        # Heads of 80 mask what lies beside them, which takes registers too.
+        assert kernel.spilled <= (400 if head_dim < 256 and kind != "everything" else 1000)
         assert not kernel.in_turn
 
 
