@@ -5,7 +5,7 @@
 
 A block ``<!-- result: NAME -->`` holds the picture and the answer of ``docs/results/NAME``; the block ``<!-- results -->`` lists all results that there
 are; a block ``<!-- benchmark: NAME -->`` holds the rows of ``docs/results/NAME.json``, as ``benchmarks/NAME.py --json`` printed them, and
-``<!-- goals: NAME -->`` those of them that have a goal. ``<!-- choice: NAME -->`` says what to choose within parts of the cache, and
+``<!-- goals: NAME -->`` those of them that have a goal, as a table of cases and measures where names are "case: measure". ``<!-- choice: NAME -->`` says what to choose within parts of the cache, and
 ``<!-- pairs: NAME -->`` the differences of all pairs that are equal in something, both for the first task of ``docs/results/NAME``. ``<!-- question: NAME -->``
 and ``<!-- plane: NAME -->`` are what the map ``docs/results/NAME/plane.json`` says of the tie that was asked about, and the map itself. ``<!-- parts: NAME -->`` holds the pictures and sentences
 of what the report says of several tasks together, ``<!-- answers: NAME -->`` what it says first of each task by itself, with its controls, ``<!-- scores: NAME -->`` every score with its chance level, and
@@ -16,6 +16,7 @@ fails where a page says anything else than the files.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -48,7 +49,7 @@ def quoted(page: Path, root: Path = ROOT) -> str:
 
     def block(found: re.Match[str]) -> str:
         if found["kind"] in ("benchmark", "goals"):
-            lines = _rows(root, found["name"], all_rows=found["kind"] == "benchmark")
+            lines = (_rows if found["kind"] == "benchmark" else _goals)(root, found["name"])
         elif found["kind"] in ("question", "plane"):
             lines = _asked(root, found["name"]) if found["kind"] == "question" else _plane(page, root, found["name"])
         elif found["kind"] in ("parts", "answers"):
@@ -121,8 +122,9 @@ def _list(page: Path, root: Path) -> Iterator[str]:
     if not names:
         yield "No study's result has been kept yet."
         return
-    yield "| study | question | runs | machine | made by |"
-    yield "|---|---|---|---|---|"
+    yield "| study | question | runs | minutes of one core | machine | made by |"
+    yield "|---|---|---|--:|---|---|"
+    minutes = {name: _minutes(root, name) for name in names}
     for name in names:
         report = _report(root, name) or {}
         hardware = report["provenance"].get("hardware", {})
@@ -130,25 +132,63 @@ def _list(page: Path, root: Path) -> Iterator[str]:
             f"[{_plain(report['title'])}]({_link(page, root, name)}/report.md) ([page]({_link(page, root, name)}/index.html))",
             _plain(report["question"]),
             _plain(report["status"]["text"]),
+            f"{minutes[name]:.0f}",
             _plain(f"{hardware.get('cpu', 'unknown')}, {hardware.get('cores', '?')} cores"),
             f"`{report['commands']['run']}`",
         ]
         yield f"| {' | '.join(cells)} |"
+    whole = sum(minutes.values())
+    yield ""
+    yield f"A run takes one core. All of them together took {whole:.0f} minutes of one core, which is {whole / 120:.1f} hours of two."
 
 
-def _rows(root: Path, name: str, *, all_rows: bool) -> Iterator[str]:
-    """The table of a benchmark; a goal that was not met is said as plainly as one that was."""
+def _minutes(root: Path, name: str) -> float:
+    """What the runs of a result took, summed."""
+    with (root / RESULTS / name / "runs.csv").open(encoding="utf-8", newline="") as file:
+        return sum(float(run["seconds"]) for run in csv.DictReader(file) if run["status"] == "done") / 60
+
+
+def _benchmark(root: Path, name: str) -> list[dict[str, Any]]:
     path = root / RESULTS / f"{name}.json"
-    if not path.exists():
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _rows(root: Path, name: str) -> Iterator[str]:
+    """The table of a benchmark; a goal that was not met is said as plainly as one that was."""
+    yield from _row_table(_benchmark(root, name))
+
+
+def _goals(root: Path, name: str) -> Iterator[str]:
+    """What has a goal: a row for each case and a column for each measure where names are "case: measure", else a row for each."""
+    rows = [row for row in _benchmark(root, name) if row["met"] is not None]
+    cells = {tuple(row["name"].split(": ", 1)): row for row in rows}
+    if not all(len(cell) == 2 for cell in cells):
+        yield from _row_table(rows)
+        return
+    measures = {measure: row["goal"] for (_, measure), row in cells.items()}
+    yield f"| | {' | '.join(f'{_plain(measure)} ({goal})' for measure, goal in measures.items())} |"
+    yield f"|---|{'--:|' * len(measures)}"
+    for case in dict.fromkeys(case for case, _ in cells):
+        shown = (cells.get((case, measure)) for measure in measures)
+        yield f"| {_plain(case)} | {' | '.join('' if row is None else _marked(row) for row in shown)} |"
+
+
+def _marked(row: dict[str, Any]) -> str:
+    return _value(row) if row["met"] else f"**{_value(row)}**"
+
+
+def _value(row: dict[str, Any]) -> str:
+    return f"{row['value']:,.3f}" if row["unit"] == "ratio" else f"{row['value']:,.0f} {row['unit']}"
+
+
+def _row_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    if not rows:
         return
     yield "| measured | value | goal | |"
     yield "|---|---|---|---|"
-    for row in json.loads(path.read_text(encoding="utf-8")):
-        if row["met"] is None and not all_rows:
-            continue
-        value = f"{row['value']:,.3f}" if row["unit"] == "ratio" else f"{row['value']:,.0f} {row['unit']}"
+    for row in rows:
         verdict = "" if row["met"] is None else "met" if row["met"] else "**not met**"
-        yield f"| {_plain(row['name'])} | {value} | {row['goal'] or ''} | {verdict} |"
+        yield f"| {_plain(row['name'])} | {_value(row)} | {row['goal'] or ''} | {verdict} |"
 
 
 def _map(root: Path, name: str) -> dict[str, Any] | None:
