@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import doctest
 import importlib
 import json
@@ -225,6 +226,11 @@ def test_a_result_is_taken_and_quoted(house: Path):
     listed = QUOTE["quoted"](index, house)
     assert "(synthetic/report.md)" in listed
     assert "Which way should these cache bytes be spent?" in listed
+    with (house / "docs" / "results" / "synthetic" / "runs.csv").open() as file:
+        minutes = sum(float(run["seconds"]) for run in csv.DictReader(file) if run["status"] == "done") / 60
+    assert minutes > 0.5
+    assert f" | {minutes:.0f} | " in listed
+    assert f"took {minutes:.0f} minutes of one core, which is {minutes / 120:.1f} hours of two." in listed
     readme.write_text(text)
     assert QUOTE["quoted"](readme, house) == text
     readme.write_text(re.sub(r"0\.\d", "0.9", text, count=1))
@@ -315,6 +321,24 @@ def test_a_benchmark_is_quoted_with_what_was_not_met(house: Path):
     assert "old" not in lines
     page.write_text("<!-- goals: step -->\nold\n<!-- end -->\n")
     assert QUOTE["quoted"](page, house).splitlines()[3:] == [lines[3], "<!-- end -->"]
+
+
+def test_cases_of_a_benchmark_are_rows_and_measures_columns(house: Path):
+    page = house / "docs" / "other.md"
+    page.write_text("<!-- goals: cases -->\nold\n<!-- end -->\n")
+    cells = {"8 heads: a / b": (0.5, True), "16 heads: a / b": (1.25, False), "16 heads: a / c": (2.0, True)}
+    rows = [
+        {"name": name, "value": value, "unit": "ratio", "goal": ">= 4" if name.endswith("c") else "<= 1", "met": met}
+        for name, (value, met) in cells.items()
+    ]
+    rows.append({"name": "8 heads: a", "value": 3.0, "unit": "ms", "goal": None, "met": None})
+    (house / "docs" / "results" / "cases.json").write_text(json.dumps(rows))
+    assert QUOTE["quoted"](page, house).splitlines()[1:-1] == [
+        "| | a / b (<= 1) | a / c (>= 4) |",
+        "|---|--:|--:|",
+        "| 8 heads | 0.500 |  |",
+        "| 16 heads | **1.250** | 2.000 |",
+    ]
 
 
 def test_the_first_screen_has_its_picture():
