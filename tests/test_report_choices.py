@@ -66,6 +66,22 @@ def controlled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Controls
 
 
+def test_a_control_whose_outcome_is_known_is_no_way_to_spend_the_cache(tmp_path: Path):
+    """Not even one that caches the least, whose mark would also squeeze all others into a corner of the figure."""
+    blind = WORSE | {"name": "blind", "label": "sees no other token", "model": {"window_tokens": [1]}}
+    values = plan(variants=[*PLAN["variants"], AGAIN, blind])
+    losses = {name: loss for name, loss in LOSSES.items() if name != "none"} | {"blind": [3.0, 3.1, 3.2]}
+    found = written(tmp_path / "blind", values, losses)
+    (section,) = json_of(found)["sections"]
+    variants = {variant["name"]: variant for variant in section["variants"]}
+    assert variants["blind"]["cost"] < min(own["cost"] for name, own in variants.items() if name != "blind")
+    assert not variants["blind"]["on_front"]
+    assert "blind" not in {way["variant"] for budget in section["budgets"] for way in budget["variants"]}
+    assert "sees no other token" not in (found / "report" / "frontier.svg").read_text()
+    assert "Of these sees no other token is in the table alone" in (found / "report" / "index.html").read_text()
+    assert "(Q, K, V), other seeds" in (found / "report" / "frontier.svg").read_text()
+
+
 def test_controls_that_come_out_are_told_with_their_interval(controlled: Path):
     (section,) = json_of(controlled)["sections"]
     negative, positive = section["controls"]

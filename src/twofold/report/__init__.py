@@ -37,7 +37,7 @@ def write(folder: Path) -> list[Path]:
         "report.json": files.report_json(summary, command),
         "report.md": markdown.text(summary, command),
     }
-    if summary.sections and summary.sections[0].measured:
+    if summary.sections and summary.sections[0].ways:
         texts["frontier.svg"] = files.frontier_svg(summary.sections[0])
     texts |= {f"{part.name}.svg": files.part_svg(part) for part in parts(summary)}
     texts |= plane.texts(summary, command)

@@ -31,14 +31,13 @@ class Budget:
 
 def budgets(summary: Summary, section: Section) -> tuple[Budget, ...]:
     """One for each of SHARES; none where a section is no text, or before anything is measured."""
-    if section.loss_metric != METRIC or not section.measured:
+    if section.loss_metric != METRIC or not section.ways:
         return ()
     by_seed = summary.values(section, section.loss_metric)
-    ways = [v for v in section.measured if not summary.plan.variant(v.name).seed_shift]
     found = []
     for part in SHARES:
         cost = part * section.reference.cost
-        within = sorted((v for v in ways if v.cost <= cost * ROUNDING), key=lambda v: v.loss.mean)
+        within = sorted((v for v in section.ways if v.cost <= cost * ROUNDING), key=lambda v: v.loss.mean)
         values = {variant.name: by_seed[variant.name] for variant in within}
         shared = set.intersection(*(set(own) for own in values.values())) if values else set()
         found.append(

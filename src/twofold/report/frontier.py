@@ -45,7 +45,7 @@ class _Point:
 def frontier(section: Section, width: float = 880, height: float = 460, *, static: bool = False) -> Markup:
     """The figure as SVG. ``static`` leaves out what only a page can use."""
     beyond = outliers(section)
-    variants = section.measured
+    variants = section.drawn
     y = _loss_scale([variant for variant in variants if variant.name not in beyond], TOP, height - BOTTOM)
     x = _cost_scale(section, width)
     points = _points(variants, x, y)
@@ -76,14 +76,14 @@ def frontier(section: Section, width: float = 880, height: float = 460, *, stati
 
 def outliers(section: Section) -> set[str]:
     """Variants whose loss lies so far above the others that they are drawn at the upper edge. Never one on the front."""
-    _, high = fences([variant.loss.mean for variant in section.measured])
-    lowest = {v.name: v.loss.low if math.isfinite(v.loss.low) else v.loss.mean for v in section.measured}
-    return {variant.name for variant in section.measured if lowest[variant.name] > high and not variant.on_front}
+    _, high = fences([variant.loss.mean for variant in section.drawn])
+    lowest = {v.name: v.loss.low if math.isfinite(v.loss.low) else v.loss.mean for v in section.drawn}
+    return {variant.name for variant in section.drawn if lowest[variant.name] > high and not variant.on_front}
 
 
 def alternative(section: Section) -> str:
     """The figure in words."""
-    costs = [variant.cost for variant in section.measured]
+    costs = [variant.cost for variant in section.drawn]
     front = ", ".join(variant.label for variant in section.front)
     label = _cost_label(section)
     return (
@@ -108,12 +108,12 @@ def _loss_scale(variants: Sequence[VariantSummary], top: float, bottom: float) -
 
 
 def _cost_scale(section: Section, width: float) -> Scale:
-    costs = [variant.cost for variant in section.measured]
+    costs = [variant.cost for variant in section.drawn]
     low, high = min(costs), max(costs)
     if high / low < 2:
         low, high = low / math.sqrt(2), high * math.sqrt(2)
     longest = max(
-        (text_width(v.label, markers.LABEL_SIZE) for v in section.measured if v.cost >= 0.99 * max(costs)), default=0
+        (text_width(v.label, markers.LABEL_SIZE) for v in section.drawn if v.cost >= 0.99 * max(costs)), default=0
     )
     room = min(longest + 30, 0.24 * width)
     return Scale(low=low, high=high, start=LEFT + 36, end=width - 8 - room, is_log=True)
@@ -270,7 +270,7 @@ def _legend(section: Section, width: float, height: float) -> list[Markup]:
     parts += [tag("text", text, x=width - left + 10, y=16.0, class_="axis-title") for _, left, text in shown]
     x = width - 132
     step = f"M{coordinate(x)},6 H{coordinate(x + 14)} V17 H{coordinate(x + 28)}"
-    seeds = max(variant.loss.n for variant in section.measured)
+    seeds = max(variant.loss.n for variant in section.drawn)
     words = f"means and 95% intervals over {seeds} seeds" if seeds > 1 else "one seed: no intervals"
     return [
         *parts,

@@ -22,7 +22,7 @@ def text(summary: Summary, report_command: str) -> str:
     parts = [f"# {escape(plan.title)}", escape(plan.question), f"**{status(summary)}**"]
     parts += [f"**{escape(sentence)}**" for sentence in controls.failures(summary)]
     parts += [escape(" ".join(controls.tally(summary)))] if controls.tally(summary) else []
-    if summary.sections and summary.sections[0].measured:
+    if summary.sections and summary.sections[0].ways:
         parts.append("![Loss against cached bytes per token](frontier.svg)")
     for part in of_design(summary):
         parts += _part(part)

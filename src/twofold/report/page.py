@@ -128,7 +128,7 @@ def _view(summary: Summary, section: Section, *, is_one_of_many: bool) -> dict[s
         "differences": rows.difference_rows(section),
         "grid": rows.grid(summary, section) if section.is_grid else None,
     }
-    if section.measured:
+    if section.ways:
         view |= {
             "outliers": outliers(section),
             "frontier_wide": frontier(section, WIDE),

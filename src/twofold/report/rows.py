@@ -77,7 +77,7 @@ def variant_rows(section: Section) -> list[Row]:
 
 def front_rows(section: Section) -> list[Row]:
     """The central figure as a table, cheapest first and best first."""
-    ordered = sorted(section.measured, key=lambda variant: (variant.cost, variant.loss.mean))
+    ordered = sorted(section.drawn, key=lambda variant: (variant.cost, variant.loss.mean))
     places = common_decimals(variant.loss for variant in ordered)
     return [
         {

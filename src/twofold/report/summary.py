@@ -35,7 +35,10 @@ BySeed = Mapping[int, float]
 
 @dataclass(frozen=True, kw_only=True)
 class VariantSummary:
-    """One variant in one section. ``cost`` is cached bytes per token, or in a grid the share of the reference's."""
+    """One variant in one section. ``cost`` is cached bytes per token, or in a grid the share of the reference's.
+
+    ``is_way``: it is a way to spend the cache, and no control whose outcome is known, such as the same model from other seeds.
+    """
 
     name: str
     label: str
@@ -44,6 +47,7 @@ class VariantSummary:
     note: str
     index: int
     is_reference: bool
+    is_way: bool
     parameters: tuple[int, int]
     cached_floats: tuple[int, int]
     cost: float
@@ -100,6 +104,22 @@ class Section:
     def measured(self) -> tuple[VariantSummary, ...]:
         """Variants of which at least one seed is done."""
         return tuple(variant for variant in self.variants if variant.loss.n)
+
+    @property
+    def ways(self) -> tuple[VariantSummary, ...]:
+        """Of these the ways to spend the cache."""
+        return tuple(variant for variant in self.measured if variant.is_way)
+
+    @property
+    def drawn(self) -> tuple[VariantSummary, ...]:
+        """Those that the central figure shows: all but controls with a known outcome whose cache is smaller or larger than any way's."""
+        costs = [variant.cost for variant in self.ways]
+        return tuple(v for v in self.measured if v.is_way or (costs and min(costs) <= v.cost <= max(costs)))
+
+    @property
+    def undrawn(self) -> tuple[VariantSummary, ...]:
+        """Those that are measured and not drawn."""
+        return tuple(variant for variant in self.measured if variant not in self.drawn)
 
     @property
     def reference(self) -> VariantSummary:
@@ -213,8 +233,7 @@ class Summary:
         losses, scores = (self._together(tasks, metric) for metric in (facts.loss_metric, facts.score))
         costs = {variant: self._cost(tasks, variant) for variant in losses}
         measured = {variant: by_seed for variant, by_seed in losses.items() if by_seed}
-        # The same model again, from other seeds, is no way to spend the cache.
-        ways = {variant: by_seed for variant, by_seed in measured.items() if not self.plan.variant(variant).seed_shift}
+        ways = {variant: by_seed for variant, by_seed in measured.items() if self._is_way(variant)}
         means = {variant: (costs[variant], float(np.mean(list(by_seed.values())))) for variant, by_seed in ways.items()}
         front, frequency = set(pareto_front(means)), front_frequency(ways, costs)
         shared = set.intersection(*(set(by_seed) for by_seed in ways.values())) if ways else set()
@@ -259,6 +278,7 @@ class Summary:
             note=entries[0].note,
             index=[variant.name for variant in self.plan.variants].index(name),
             is_reference=name == reference,
+            is_way=self._is_way(name),
             parameters=(min(e.parameters for e in entries), max(e.parameters for e in entries)),
             cached_floats=(min(e.cached_floats for e in entries), max(e.cached_floats for e in entries)),
             cost=cost,
@@ -274,6 +294,10 @@ class Summary:
             failed=states["failed"],
             planned=states.total(),
         )
+
+    def _is_way(self, name: str) -> bool:
+        variant = self.plan.variant(name)
+        return not (variant.seed_shift or variant.expect)
 
     def _cost(self, tasks: Sequence[str], variant: str) -> float:
         own = [self._entries[task, variant].cached_bytes for task in tasks]
