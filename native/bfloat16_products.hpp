@@ -44,18 +44,19 @@ inline void add_woven(float* to, __m512 low, __m512 high) {
     _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), _mm512_permutex2var_ps(low, last, high)));
 }
 
+// Two vectors of floats rounded to the nearest, ties away from 0, in one, number by number: the instruction made for it takes several times as long.
+inline __m512i both_of(__m512 even, __m512 odd) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16), high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
+    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
+}
+
 // A key turns by 16 pairs of a cosine and a sine at a time, and turned numbers lie in pairs. The products are ones of floats: two of bfloat16 at a time cost more.
 struct WovenTurns {
     using Turn = uint16_t;
     static constexpr bool TURNS = true;
     static constexpr int PAIRS = 16;  // a row of turned numbers has a whole number of these
     static int64_t turns(int64_t pairs) { return 2 * up(pairs, PAIRS); }
-
-    // Pairs [i, i + 16) of a row of turned numbers.
-    static void place(float* row, int64_t i, int64_t, Floats a, Floats b) {
-        store(row + 2 * i, __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
-        store(row + 2 * i + 16, __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31));
-    }
 
     static void make_turn(const float* cosine, const float* sine, int64_t pairs, uint16_t* to) {
         for (int64_t i = 0; i < pairs; i += PAIRS) _mm512_storeu_si512(to + 2 * i, both_of(load(cosine + i, pairs - i), load(sine + i, pairs - i)));
@@ -86,13 +87,6 @@ struct WovenTurns {
         if (count >= W) return ::widen(from);
         return floats(reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from))) << 16);
     }
-
-    // Two vectors of floats rounded to the nearest, ties away from 0, in one, number by number: the instruction made for it takes several times as long.
-    static __m512i both_of(__m512 even, __m512 odd) {
-        const __m512i half = _mm512_set1_epi32(0x8000);
-        const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16), high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
-        return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
-    }
 };
 
 struct DotProducts : WovenTurns {
@@ -106,6 +100,15 @@ struct DotProducts : WovenTurns {
     static void narrow(const float* from, uint16_t* to, int64_t count) { narrow_row(from, to, count); }
     static int64_t packed_numbers(int64_t rows, int64_t dim) { return rows * dim; }
     static void pack(const float* query, int64_t rows, int64_t dim, uint16_t* to) { narrow_row(query, to, rows * dim); }
+    template <class Turned>
+    static void pack_turned(int64_t rows, int64_t wide, Turned turned, uint16_t* to) {
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t i = 0; i < wide; i += PAIRS, to += 2 * PAIRS) {
+                const Both both = turned(r, i);
+                _mm512_storeu_si512(to, both_of(both.a, both.b));
+            }
+        }
+    }
     static size_t scratch_bytes(int64_t rows, int64_t) { return static_cast<size_t>(rows * twofold::TILE * 2); }
 
     static void logits(const TwoFactors<uint16_t>& factors, int64_t rows, int64_t count, float* out, char*, Ahead& ahead) {
@@ -204,6 +207,22 @@ struct TileProducts : Tiles, WovenTurns {
                 Floats x[4] = {load(pairs[0]), load(pairs[1]), load(pairs[2]), load(pairs[3])};
                 turn_four(x);
                 put_columns(x, reinterpret_cast<float*>(to + (r / SIDE * (dim / 32) + i / 32) * PIECE) + r % SIDE);
+            }
+        }
+    }
+
+    // The same of queries that were turned, where `turned(row, i)` gives pairs [i, i + 16); each is a pair of dimensions.
+    template <class Turned>
+    static void pack_turned(int64_t rows, int64_t wide, Turned turned, uint16_t* to) {
+        for (int64_t r = 0; r < rows; r += 4) {
+            for (int64_t i = 0; i < wide; i += PAIRS) {
+                Floats x[4] = {};
+                for (int64_t j = 0; j < 4 && r + j < rows; ++j) {
+                    const Both both = turned(r + j, i);
+                    x[j] = reinterpret_cast<Floats>(both_of(both.a, both.b));
+                }
+                turn_four(x);
+                put_columns(x, reinterpret_cast<float*>(to + (r / SIDE * (wide / PAIRS) + i / PAIRS) * PIECE) + r % SIDE);
             }
         }
     }

@@ -43,6 +43,11 @@ struct Turning {
     const float* scale;
 };
 
+// Of W pairs that turn the first numbers, and the second ones.
+struct Both {
+    Floats a, b;
+};
+
 // Calls work(std::integral_constant<int, R>, row) for all rows, four, two or one at a time.
 template <class Work>
 inline void by_rows(int64_t rows, Work work) {
@@ -72,8 +77,16 @@ struct FloatProducts {
     static constexpr int PAIRS = W;  // a row of turned numbers has a whole number of these
     static int64_t turns(int64_t pairs) { return 2 * up(pairs, W); }
 
-    // Pairs [i, i + W) of a row of turned numbers: all a, and, `wide` numbers later, all b.
-    static void place(float* row, int64_t i, int64_t wide, Floats a, Floats b) { store(row + i, a), store(row + wide + i, b); }
+    // Queries that were turned, packed: of each row all first numbers of pairs, then all second ones. `turned(row, i)` gives pairs [i, i + W) of them.
+    template <class Turned>
+    static void pack_turned(int64_t rows, int64_t wide, Turned turned, float* to) {
+        for (int64_t r = 0; r < rows; ++r, to += 2 * wide) {
+            for (int64_t i = 0; i < wide; i += W) {
+                const Both both = turned(r, i);
+                store(to + i, both.a), store(to + wide + i, both.b);
+            }
+        }
+    }
 
     static void make_turn(const float* cosine, const float* sine, int64_t pairs, float* to) {
         for (int64_t i = 0; i < pairs; i += W) store(to + 2 * i, load(cosine + i, pairs - i)), store(to + 2 * i + W, load(sine + i, pairs - i));

@@ -99,7 +99,7 @@ struct Attention {
         turned = shelf.take<Number>(TILE * turned_dim);
         extension = shelf.take<Number>(TILE * extension_dim);
         turning = shelf.take<float>(rows * turned_dim);
-        made = shelf.take<float>(rows * (key_dim + turned_dim + extension_dim));
+        made = shelf.take<float>(rows * (key_dim + extension_dim));
         scale = shelf.take<float>(key_dim);
         row = shelf.take<float>(8 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
         logits = shelf.take<float>(rows * TILE);
@@ -171,9 +171,12 @@ struct Attention {
         }
         std::memset(turned_query, 0, static_cast<size_t>(Products::packed_numbers(rows, turned_dim)) * sizeof(Number));
         if (table.is_steady) return make_relative();
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t i = 0; i < wide; i += W) Products::place(made + r * turned_dim, i, wide, load(turning + r * turned_dim + i), load(turning + r * turned_dim + wide + i));
-        Products::pack(made, rows, turned_dim, turned_query);
+        Products::pack_turned(rows, wide, [&](int64_t r, int64_t i) { return pairs_to_turn(r, i); }, turned_query);
+    }
+
+    Both pairs_to_turn(int64_t r, int64_t i) const {
+        const float* a = turning + r * turned_dim + i;
+        return {load(a), load(a + turned_dim / 2)};
     }
 
     template <class Make>
@@ -227,14 +230,12 @@ struct Attention {
         table_row(first, cosine, sine);
         if (first + TILE < call.keys) ask_for_table_row(first + TILE);
         for (int64_t i = n; i < wide; ++i) cosine[i] = sine[i] = 0;
-        for (int64_t r = 0; r < rows; ++r) {
-            const float *a = turning + r * turned_dim, *b = a + wide;
-            for (int64_t i = 0; i < wide; i += W) {
-                const Floats x = load(a + i), y = load(b + i), c = load(cosine + i), s = load(sine + i);
-                Products::place(made + r * turned_dim, i, wide, x * c + y * s, y * c - x * s);
-            }
-        }
-        Products::pack(made, rows, turned_dim, turned_query);
+        const auto turned_back = [&](int64_t r, int64_t i) {
+            const auto [x, y] = pairs_to_turn(r, i);
+            const Floats c = load(cosine + i), s = load(sine + i);
+            return Both{x * c + y * s, y * c - x * s};
+        };
+        Products::pack_turned(rows, wide, turned_back, turned_query);
     }
 
     struct Tile {

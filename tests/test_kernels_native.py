@@ -161,7 +161,9 @@ def check(inputs: Inputs, level: str) -> None:
     pytorch = largest(of_pytorch(inputs).double() - wanted)
     dtype = inputs.query.dtype
     floor = 2 * torch.finfo(dtype).eps * largest(inputs.plain.value.double())
-    assert largest(found.double() - wanted) <= 2 * pytorch + floor
+    # The plain level rounds products before it adds them, as PyTorch would on a processor without fused multiplication; here PyTorch has it.
+    roundings = 2 if level == "plain" else 1
+    assert largest(found.double() - wanted) <= 2 * roundings * pytorch + floor
 
 
 @pytest.mark.parametrize("level", native.levels())
