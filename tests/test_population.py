@@ -33,7 +33,8 @@ from twofold.training.spec import RunSpec, TrainingSpec
 from twofold.training.stacked import Machine, Stack
 from twofold.training.trainer import Outcome, train
 
-CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11}
+# Where a gradient is zero but for rounding, as that of the bias of keys, Adam divides by its epsilon of 1e-8 and makes some 1e-11 of what is left.
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}
 
 
 @pytest.fixture(autouse=True)
