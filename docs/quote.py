@@ -162,7 +162,7 @@ def _goals(root: Path, name: str) -> Iterator[str]:
     """What has a goal: a row for each case and a column for each measure where names are "case: measure", else a row for each."""
     rows = [row for row in _benchmark(root, name) if row["met"] is not None]
     cells = {tuple(row["name"].split(": ", 1)): row for row in rows}
-    if not all(len(cell) == 2 for cell in cells):
+    if not all(len(cell) == 2 for cell in cells) or not rows:
         yield from _row_table(rows)
         return
     measures = {measure: row["goal"] for (_, measure), row in cells.items()}

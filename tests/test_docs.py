@@ -339,6 +339,8 @@ def test_cases_of_a_benchmark_are_rows_and_measures_columns(house: Path):
         "| 8 heads | 0.500 |  |",
         "| 16 heads | **1.250** | 2.000 |",
     ]
+    page.write_text("<!-- goals: nowhere -->\nold\n<!-- end -->\n")
+    assert QUOTE["quoted"](page, house) == "<!-- goals: nowhere -->\n<!-- end -->\n"
 
 
 def test_the_first_screen_has_its_picture():
