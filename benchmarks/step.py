@@ -193,7 +193,7 @@ def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=30, help="steps of each model")
+    parser.add_argument("--rounds", type=int, default=90, help="steps of each model")
     parser.add_argument("--shape", choices=SHAPES, help="size of the models (without it: that of the device)")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
