@@ -334,7 +334,11 @@ def test_a_shifted_seed_trains_another_run_under_the_same_name():
 def test_a_tuned_plan_counts_its_runs_and_names_its_settings():
     tuned = plan(grid=[NAMED, TUNED], tuning_seeds=[1, 9])
     assert [task.setting for task in tuned.planned_tasks] == ["bytes-b", "bytes-b", "recall-b", "recall-b"]
-    assert tuned.planned_tasks[0].setting_title == "Bytes of source text, b"
+    assert tuned.planned_tasks[0].setting_title == "Bytes of source text"  # the only point of its axis tells nothing
+    both = plan(grid=[NAMED | {"points": [{"name": "b"}, {"name": "c"}]}, TUNED])
+    assert [task.setting_title for task in both.planned_tasks[::2]] == [
+        f"{title}, {point}" for title in ("Bytes of source text", "Associative recall") for point in "bc"
+    ]
     assert (tuned.choosing_seeds, tuned.all_seeds) == ((1, 9), (1, 9, 0, 2))
     assert tuned.run_count == 2 * 6 * (2 * 2 + 2)
     untuned = plan()

@@ -219,14 +219,16 @@ def _grid_of(plan: StudyPlan, task: TaskEntry) -> Iterator[PlannedTask]:
                 for name in plan.named(family):
                     variant_models[name] = variant_models.get(name, {}) | fields_changed
         kept = [point.name for axis, point in zip(axes, points, strict=True) if not axis.tune]
+        # A point that is the only one of its axis tells no task from another, so titles leave it out.
+        told = [(axis, point.name) for axis, point in zip(axes, points, strict=True) if len(axis.points) > 1]
         yield PlannedTask(
             name="-".join((task.name, *(point.name for point in points))),
             group=task.name,
-            title=", ".join((task.title or task.name, *(point.name for point in points))),
+            title=", ".join((task.title or task.name, *(name for _, name in told))),
             points={axis.name: point.name for axis, point in zip(axes, points, strict=True)},
             tuned=frozenset(axis.name for axis in axes if axis.tune),
             setting="-".join((task.name, *kept)),
-            setting_title=", ".join((task.title or task.name, *kept)),
+            setting_title=", ".join((task.title or task.name, *(name for axis, name in told if not axis.tune))),
             task=task.task,
             variants=tuple(name for chosen in task.variants for name in plan.named(chosen))
             or tuple(variant.name for variant in plan.variants),
