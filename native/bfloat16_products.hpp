@@ -44,45 +44,83 @@ inline void add_woven(float* to, __m512 low, __m512 high) {
     _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), _mm512_permutex2var_ps(low, last, high)));
 }
 
-// Two vectors of floats rounded to the nearest, ties away from 0, in one, number by number: the instruction made for it takes several times as long.
+// Two vectors of floats in one, number by number, cut off after 8 bits.
 inline __m512i both_of(__m512 even, __m512 odd) {
-    const __m512i half = _mm512_set1_epi32(0x8000);
-    const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16), high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
-    return _mm512_mask_blend_epi16(0xaaaaaaaa, low, high);
+    const __m512i high_half_to_low = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 0, 0, 6, 7, 0, 0, 10, 11, 0, 0, 14, 15, 0, 0));
+    return _mm512_mask_shuffle_epi8(_mm512_castps_si512(odd), 0x3333333333333333, _mm512_castps_si512(even), high_half_to_low);
 }
 
-// A key turns by 16 pairs of a cosine and a sine at a time, and turned numbers lie in pairs. The products are ones of floats: two of bfloat16 at a time cost more.
+// Keys turn 32 pairs at a time, those of even places and those of odd ones: a vector of numbers of bfloat16 is widened so by two cheap instructions. What has turned
+// lies in pairs. The products are ones of floats: two of bfloat16 at a time cost more.
 struct WovenTurns {
-    using Turn = uint16_t;
     static constexpr bool TURNS = true;
     static constexpr int PAIRS = 16;  // a row of turned numbers has a whole number of these
-    static int64_t turns(int64_t pairs) { return 2 * up(pairs, PAIRS); }
+    // To cut off costs less than to round, but makes numbers smaller: m 2^e, 1 <= m < 2, by 2^(e - 8) in the mean, the 2^-8 / m th part of it, which is 2^-8 / (2 ln 2)
+    // in the mean where ln m is spread evenly, as it is in products. They are made larger by so much before. A number that has 8 bits stays what it was.
+    static constexpr float BEFORE_CUT = 1 + 0.72134752f / 256;
 
-    static void make_turn(const float* cosine, const float* sine, int64_t pairs, uint16_t* to) {
-        for (int64_t i = 0; i < pairs; i += PAIRS) _mm512_storeu_si512(to + 2 * i, both_of(load(cosine + i, pairs - i), load(sine + i, pairs - i)));
+    // One number of each of `count` pairs, in the order in which pairs turn, filled up with zeros.
+    static void arrange(const float* from, int64_t count, float* to) {
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        int64_t i = 0;
+        for (; count - i > W; i += 2 * W) {
+            const __m512 low = load(from + i), high = load(from + i + W, count - i - W);
+            store(to + i, _mm512_permutex2var_ps(low, even, high));
+            store(to + i + W, _mm512_permutex2var_ps(low, odd, high));
+        }
+        if (i < count) store(to + i, load(from + i, count - i));
     }
 
-    static void turn(const Turning<uint16_t>& turning, int64_t count, const uint16_t* by, uint16_t* to) {
-        turning.scale ? turn_rows<true>(turning, count, by, to) : turn_rows<false>(turning, count, by, to);
+    // `count` keys turned: key middle + k by row k, (a, b) -> (a cos - b sin, a sin + b cos), and key middle - k back by row k, so a row is read for two keys.
+    static void turn(const Turning<uint16_t>& turning, int64_t middle, int64_t count, uint16_t* to, Ahead& ahead) {
+        turning.scale ? turn_keys<true>(turning, middle, count, to, ahead) : turn_keys<false>(turning, middle, count, to, ahead);
     }
 
    private:
     template <bool Scaled>
-    static void turn_rows(const Turning<uint16_t>& turning, int64_t count, const uint16_t* by, uint16_t* to) {
-        const auto [keys, stride, distance, pairs, scale] = turning;
-        for (int64_t key = 0; key < count; ++key) {
-            const uint16_t* a = keys + key * stride;
-            for (int64_t i = 0; i < pairs; i += PAIRS, by += 2 * PAIRS, to += 2 * PAIRS) {
-                Floats x = widen(a + i, pairs - i), y = widen(a + distance + i, pairs - i);
-                if constexpr (Scaled) x *= load(scale + i, pairs - i), y *= load(scale + distance + i, pairs - i);
-                const Ints two = reinterpret_cast<Ints>(_mm512_loadu_si512(by));
-                const Floats c = floats(two << 16), s = floats(two & static_cast<int32_t>(0xffff0000));
-                _mm512_storeu_si512(to, both_of(x * c - y * s, x * s + y * c));
+    static void turn_keys(const Turning<uint16_t>& turning, int64_t middle, int64_t count, uint16_t* to, Ahead& ahead) {
+        const auto [keys, stride, distance, pairs, turns, scale] = turning;
+        const int64_t wide = up(pairs, PAIRS);
+        for (int64_t k = 0; k <= middle; ++k) {
+            ahead.go(2);
+            const bool is_forth = middle + k < count, is_back = k > 0;
+            const uint16_t *forth = keys + (middle + k) * stride, *back = keys + (middle - k) * stride;
+            uint16_t *to_forth = to + (middle + k) * 2 * wide, *to_back = to + (middle - k) * 2 * wide;
+            const float *cosine = turns + k * 2 * wide, *sine = cosine + wide;
+            int64_t i = 0;
+            for (; pairs - i > W; i += 2 * W) {
+                const Floats c[] = {load(cosine + i), load(cosine + i + W)}, s[] = {load(sine + i), load(sine + i + W)};
+                const auto turn_two = [&](const uint16_t* from, Floats s0, Floats s1, uint16_t* out) {
+                    const Ints x = numbers(from + i, pairs - i), y = numbers(from + distance + i, pairs - i);
+                    turn_one<Scaled>(floats(x << 16), floats(y << 16), c[0], s0, scale + i, wide, out + 2 * i);
+                    turn_one<Scaled>(floats(x & HIGH), floats(y & HIGH), c[1], s1, scale + i + W, wide, out + 2 * i + 2 * W);
+                };
+                if (is_forth) turn_two(forth, s[0], s[1], to_forth);
+                if (is_back) turn_two(back, -s[0], -s[1], to_back);
+            }
+            if (i < pairs) {
+                const Floats c = load(cosine + i), s = load(sine + i);
+                if (is_forth) turn_one<Scaled>(widen(forth + i, pairs - i), widen(forth + distance + i, pairs - i), c, s, scale + i, wide, to_forth + 2 * i);
+                if (is_back) turn_one<Scaled>(widen(back + i, pairs - i), widen(back + distance + i, pairs - i), c, -s, scale + i, wide, to_back + 2 * i);
             }
         }
     }
 
-    // The first `count` of 16 numbers; 0 in the other lanes.
+    template <bool Scaled>
+    static void turn_one(Floats x, Floats y, Floats c, Floats s, const float* scale, int64_t wide, uint16_t* to) {
+        if constexpr (Scaled) x *= load(scale), y *= load(scale + wide);
+        _mm512_storeu_si512(to, both_of(x * c - y * s, x * s + y * c));
+    }
+
+    static constexpr int32_t HIGH = static_cast<int32_t>(0xffff0000);
+
+    // The first `count` of 32 numbers; 0 in the other places.
+    static Ints numbers(const uint16_t* from, int64_t count) {
+        if (count >= 2 * W) return reinterpret_cast<Ints>(_mm512_loadu_si512(from));
+        return reinterpret_cast<Ints>(_mm512_maskz_loadu_epi16((1u << count) - 1, from));
+    }
+
+    // The first `count` of 16 numbers as floats; 0 in the other places.
     static Floats widen(const uint16_t* from, int64_t count) {
         if (count >= W) return ::widen(from);
         return floats(reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from))) << 16);
@@ -103,7 +141,7 @@ struct DotProducts : WovenTurns {
     template <class Turned>
     static void pack_turned(int64_t rows, int64_t wide, Turned turned, uint16_t* to) {
         for (int64_t r = 0; r < rows; ++r) {
-            for (int64_t i = 0; i < wide; i += PAIRS, to += 2 * PAIRS) {
+            for (int64_t i = 0; i < wide; i += W, to += 2 * W) {
                 const Both both = turned(r, i);
                 _mm512_storeu_si512(to, both_of(both.a, both.b));
             }
@@ -211,18 +249,18 @@ struct TileProducts : Tiles, WovenTurns {
         }
     }
 
-    // The same of queries that were turned, where `turned(row, i)` gives pairs [i, i + 16); each is a pair of dimensions.
+    // The same of queries that were turned, where `turned(row, i)` gives pairs [i, i + 16) of those that are arranged; each is a pair of dimensions.
     template <class Turned>
     static void pack_turned(int64_t rows, int64_t wide, Turned turned, uint16_t* to) {
         for (int64_t r = 0; r < rows; r += 4) {
-            for (int64_t i = 0; i < wide; i += PAIRS) {
+            for (int64_t i = 0; i < wide; i += W) {
                 Floats x[4] = {};
                 for (int64_t j = 0; j < 4 && r + j < rows; ++j) {
                     const Both both = turned(r + j, i);
                     x[j] = reinterpret_cast<Floats>(both_of(both.a, both.b));
                 }
                 turn_four(x);
-                put_columns(x, reinterpret_cast<float*>(to + (r / SIDE * (wide / PAIRS) + i / PAIRS) * PIECE) + r % SIDE);
+                put_columns(x, reinterpret_cast<float*>(to + (r / SIDE * (wide / W) + i / W) * PIECE) + r % SIDE);
             }
         }
     }

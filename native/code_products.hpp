@@ -17,11 +17,8 @@ struct CodeProducts : Tiles {
     static constexpr int KEYS = 16;
     static constexpr int64_t ROWS = SIDE / 2, PIECE = SIDE * 64;  // rows in two digits that fill a tile; bytes of one
 
-    // A code that has turned is none.
-    using Turn = int8_t;
-    static constexpr bool TURNS = false;
+    static constexpr bool TURNS = false;  // a code that has turned is none
     static constexpr int PAIRS = 1;
-    static int64_t turns(int64_t) { return 0; }
     static bool serves(const twofold::Call& call) {
         using twofold::Kind;
         return call.key.kind == Kind::i8 && call.value.kind == Kind::i8 && call.table.pairs == 0 && call.extension_dim == 0;

@@ -35,12 +35,13 @@ struct Factors {
 template <class Number>
 using TwoFactors = std::array<Factors<Number>, 2>;
 
-// Rows of keys of which dimension i turns with dimension i + distance, each times its scale if there are scales.
+// Rows of keys of which dimension i turns with dimension i + distance; rows of cosines and sines by which they turn, and scales by which they are multiplied
+// before, or none, both arranged.
 template <class Number>
 struct Turning {
     const Number* keys;
     int64_t stride, distance, pairs;
-    const float* scale;
+    const float *turns, *scale;
 };
 
 // Of W pairs that turn the first numbers, and the second ones.
@@ -71,11 +72,14 @@ struct FloatProducts {
     static void pack(const float* query, int64_t rows, int64_t dim, float* to) { narrow(query, to, rows * dim); }
     static size_t scratch_bytes(int64_t, int64_t) { return 0; }
 
-    // How a key turns: W cosines, and as many sines.
-    using Turn = float;
     static constexpr bool TURNS = true;
-    static constexpr int PAIRS = W;  // a row of turned numbers has a whole number of these
-    static int64_t turns(int64_t pairs) { return 2 * up(pairs, W); }
+    static constexpr int PAIRS = W;            // a row of turned numbers has a whole number of these
+    static constexpr float BEFORE_CUT = 1.0f;  // by which cosines and sines of keys are multiplied
+
+    // One number of each of `count` pairs, in the order in which pairs turn, filled up with zeros.
+    static void arrange(const float* from, int64_t count, float* to) {
+        for (int64_t i = 0; i < count; i += W) store(to + i, load(from + i, count - i));
+    }
 
     // Queries that were turned, packed: of each row all first numbers of pairs, then all second ones. `turned(row, i)` gives pairs [i, i + W) of them.
     template <class Turned>
@@ -88,21 +92,23 @@ struct FloatProducts {
         }
     }
 
-    static void make_turn(const float* cosine, const float* sine, int64_t pairs, float* to) {
-        for (int64_t i = 0; i < pairs; i += W) store(to + 2 * i, load(cosine + i, pairs - i)), store(to + 2 * i + W, load(sine + i, pairs - i));
-    }
-
-    // (a, b) -> (a cos - b sin, a sin + b cos)
-    static void turn(const Turning<float>& turning, int64_t count, const float* by, float* to) {
-        const auto [keys, stride, distance, pairs, scale] = turning;
+    // `count` keys turned: key middle + k by row k, (a, b) -> (a cos - b sin, a sin + b cos), and key middle - k back by row k, so a row is read for two keys.
+    static void turn(const Turning<float>& turning, int64_t middle, int64_t count, float* to, Ahead& ahead) {
+        const auto [keys, stride, distance, pairs, turns, scale] = turning;
         const int64_t wide = up(pairs, W);
-        for (int64_t key = 0; key < count; ++key, to += 2 * wide) {
-            const float* a = keys + key * stride;
-            for (int64_t i = 0; i < pairs; i += W, by += 2 * W) {
-                Floats x = load(a + i, pairs - i), y = load(a + distance + i, pairs - i);
-                if (scale) x *= load(scale + i, pairs - i), y *= load(scale + distance + i, pairs - i);
-                store(to + i, x * load(by) - y * load(by + W));
-                store(to + wide + i, y * load(by) + x * load(by + W));
+        for (int64_t k = 0; k <= middle; ++k) {
+            ahead.go(2);
+            for (int64_t i = 0; i < pairs; i += W) {
+                const Floats c = load(turns + k * 2 * wide + i), s = load(turns + (2 * k + 1) * wide + i);
+                const auto turn_one = [&](int64_t key, Floats sine) {
+                    const float* from = keys + key * stride + i;
+                    Floats x = load(from, pairs - i), y = load(from + distance, pairs - i);
+                    if (scale) x *= load(scale + i), y *= load(scale + wide + i);
+                    store(to + key * 2 * wide + i, x * c - y * sine);
+                    store(to + (2 * key + 1) * wide + i, y * c + x * sine);
+                };
+                if (middle + k < count) turn_one(middle + k, s);
+                if (k > 0) turn_one(middle - k, -s);
             }
         }
     }

@@ -74,12 +74,11 @@ struct Attention {
     const Call& call;
     const int64_t sequence, head;
     const int64_t rows, key_dim, value_dim, turned_dim, extension_dim, raw_dim;
-    const bool turns, has_still;
+    const bool does_turn, has_still;
     Shelf shelf;
     Kept* kept;
     Number *still_query, *turned_query, *extension_query, *raw, *values, *turned, *extension;
-    float *turning, *made, *scale, *row, *logits;
-    typename Products::Turn *relative, *once;
+    float *turning, *made, *scale, *turning_scale, *turns, *row, *logits;
     View view;
     char* products;
 
@@ -88,7 +87,7 @@ struct Attention {
     Attention(const Call& c, int64_t s, int64_t h, char* memory)
         : call(c), sequence(s), head(h), rows(c.rows()), key_dim(padded(c.key_dim)), value_dim(padded(c.value_dim)),
           turned_dim(2 * up(c.table.pairs, Products::PAIRS)), extension_dim(padded(c.extension_dim)),
-          raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), turns(c.table.pairs > 0),
+          raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), does_turn(c.table.pairs > 0),
           has_still(2 * c.table.pairs < c.key_dim), shelf{memory} {
         kept = shelf.take<Kept>(1);
         still_query = shelf.take<Number>(Products::packed_numbers(rows, key_dim));
@@ -101,10 +100,10 @@ struct Attention {
         turning = shelf.take<float>(rows * turned_dim);
         made = shelf.take<float>(rows * (key_dim + extension_dim));
         scale = shelf.take<float>(key_dim);
+        turning_scale = shelf.take<float>(turned_dim);
+        turns = shelf.take<float>((call.table.is_steady ? TILE / 2 + 1 : 1) * turned_dim);
         row = shelf.take<float>(8 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
         logits = shelf.take<float>(rows * TILE);
-        relative = shelf.take<typename Products::Turn>(call.table.is_steady ? TILE * Products::turns(call.table.pairs) : 0);
-        once = shelf.take<typename Products::Turn>(Products::turns(call.table.pairs));
         view = {shelf.take<uint8_t>(call.queries * TILE), shelf.take<uint8_t>(TILE)};
         products = shelf.take<char>(static_cast<int64_t>(Products::scratch_bytes(rows, value_dim > key_dim ? value_dim : key_dim)));
     }
@@ -158,20 +157,22 @@ struct Attention {
             for (int64_t i = 0; i < table.pairs; ++i) to[i] = to[table.distance + i] = 0.0f;
         });
         if constexpr (Products::TURNS)
-            if (turns) pack_turned_queries();
+            if (does_turn) pack_turned_queries();
     }
 
     void pack_turned_queries() {
         const Table& table = call.table;
-        const int64_t n = table.pairs, wide = turned_dim / 2;
-        std::memset(turning, 0, static_cast<size_t>(rows * turned_dim) * 4);
-        for (int64_t r = 0; r < rows; ++r) {
-            std::memcpy(turning + r * turned_dim, query_of(r), static_cast<size_t>(n) * 4);
-            std::memcpy(turning + r * turned_dim + wide, query_of(r) + table.distance, static_cast<size_t>(n) * 4);
-        }
+        for (int64_t r = 0; r < rows; ++r) arrange(query_of(r), query_of(r) + table.distance, turning + r * turned_dim);
+        arrange(scale, scale + table.distance, turning_scale);
         std::memset(turned_query, 0, static_cast<size_t>(Products::packed_numbers(rows, turned_dim)) * sizeof(Number));
         if (table.is_steady) return make_relative();
-        Products::pack_turned(rows, wide, [&](int64_t r, int64_t i) { return pairs_to_turn(r, i); }, turned_query);
+        Products::pack_turned(rows, turned_dim / 2, [&](int64_t r, int64_t i) { return pairs_to_turn(r, i); }, turned_query);
+    }
+
+    // The first and the second numbers of all pairs that turn, in the order of the products.
+    void arrange(const float* first, const float* second, float* to) const {
+        Products::arrange(first, call.table.pairs, to);
+        Products::arrange(second, call.table.pairs, to + turned_dim / 2);
     }
 
     Both pairs_to_turn(int64_t r, int64_t i) const {
@@ -203,33 +204,37 @@ struct Attention {
         for (const char* from : {call.table.cosine, call.table.sine}) ask(from + table_place(token), bytes, bytes, 1);
     }
 
-    // Row i turns by as much as row i of the table more than its first; every block of successive rows turns so, after its own first row. Each
-    // thread makes it once for a call.
+    // Row i turns by as much as row i of the table does more than its first: so much more, or less, does the key turn that is i places after, or before,
+    // another. Each thread makes it once for a call.
     void make_relative() {
         if (kept->serial == call.serial && (kept->sequence == sequence || call.table.batch_stride == 0)) return;
         const int64_t n = call.table.pairs;
         float *first_cosine = row, *first_sine = row + n, *cosine = first_sine + n, *sine = cosine + n;
         table_row(0, first_cosine, first_sine);
-        for (int64_t k = 0; k < (call.keys < TILE ? call.keys : TILE); ++k) {
+        for (int64_t k = 0; k < call.keys && k <= TILE / 2; ++k) {
             table_row(k, cosine, sine);
             for (int64_t i = 0; i < n; ++i) {
                 const float c = cosine[i], s = sine[i], c0 = first_cosine[i], s0 = first_sine[i], square = c0 * c0 + s0 * s0;
                 cosine[i] = (c * c0 + s * s0) / square;
                 sine[i] = (s * c0 - c * s0) / square;
             }
-            Products::make_turn(cosine, sine, n, relative + k * Products::turns(n));
+            make_turn(cosine, sine, turns + k * turned_dim);
         }
         *kept = {call.serial, sequence};
     }
 
-    // q . R(first) R(more) k = R(first)^T q . R(more) k: the queries are turned back once for a tile, and all tiles turn by the same few rows.
-    void turn_queries_back(int64_t first) {
-        const int64_t n = call.table.pairs;
+    void make_turn(const float* cosine, const float* sine, float* to) const {
+        arrange(cosine, sine, to);
+        for (int64_t i = 0; i < turned_dim; ++i) to[i] *= Products::BEFORE_CUT;
+    }
+
+    // q . R(token) R(more) k = R(token)^T q . R(more) k: the queries are turned back once for a tile, and all tiles turn by the same few rows.
+    void turn_queries_back(int64_t token) {
         const int64_t wide = turned_dim / 2;
-        float *cosine = row, *sine = row + wide;
-        table_row(first, cosine, sine);
-        if (first + TILE < call.keys) ask_for_table_row(first + TILE);
-        for (int64_t i = n; i < wide; ++i) cosine[i] = sine[i] = 0;
+        float *read = row, *cosine = row + turned_dim, *sine = cosine + wide;
+        table_row(token, read, read + wide);
+        if (token + TILE < call.keys) ask_for_table_row(token + TILE);
+        make_turn(read, read + wide, cosine);
         const auto turned_back = [&](int64_t r, int64_t i) {
             const auto [x, y] = pairs_to_turn(r, i);
             const Floats c = load(cosine + i), s = load(sine + i);
@@ -289,17 +294,16 @@ struct Attention {
     }
 
     // The dimensions of `keys` that turn, scaled and turned.
-    void turn(const Tile& keys, int64_t first, int64_t count, int64_t full) {
+    void turn(const Tile& keys, int64_t first, int64_t middle, int64_t count, int64_t full, Ahead& ahead) {
         const Table& table = call.table;
-        const int64_t n = table.pairs;
-        float *cosine = row, *sine = row + n;
-        Turning<Number> turning_keys{keys.data, keys.stride, table.distance, n, call.key_scale || call.key_scales.of_channels ? scale : nullptr};
-        if (table.is_steady) Products::turn(turning_keys, count, relative, turned);
+        Turning<Number> turning{keys.data, keys.stride, table.distance, table.pairs, turns, call.key_scale || call.key_scales.of_channels ? turning_scale : nullptr};
+        if (table.is_steady) Products::turn(turning, middle, count, turned, ahead);
         for (int64_t k = 0; k < count && !table.is_steady; ++k) {
+            float *cosine = row, *sine = row + table.pairs;
             table_row(first + k, cosine, sine);
-            Products::make_turn(cosine, sine, n, once);
-            Products::turn(turning_keys, 1, once, turned + k * turned_dim);
-            turning_keys.keys += keys.stride;
+            make_turn(cosine, sine, turns);
+            Products::turn(turning, 0, 1, turned + k * turned_dim, ahead);
+            turning.keys += keys.stride;
         }
         std::memset(turned + count * turned_dim, 0, static_cast<size_t>((full - count) * turned_dim) * sizeof(Number));
     }
@@ -328,9 +332,10 @@ struct Attention {
     void add_logits(const Tile& keys, int64_t first, int64_t count, int64_t full, Ahead& ahead) {
         const Factors<Number> still{still_query, keys.data, has_still ? key_dim : 0, keys.stride};
         if constexpr (Products::TURNS) {
-            if (turns) {
-                if (call.table.is_steady) turn_queries_back(first);
-                turn(keys, first, count, full);
+            if (does_turn) {
+                const int64_t middle = count / 2;
+                if (call.table.is_steady) turn_queries_back(first + middle);
+                turn(keys, first, middle, count, full, ahead);
                 return Products::logits({still, {turned_query, turned, turned_dim, turned_dim}}, rows, full, logits, products, ahead);
             }
         }
