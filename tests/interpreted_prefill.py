@@ -109,11 +109,13 @@ def rounding_of(call: Call, wanted: dict[str, Tensor]) -> float:
     eps, width = torch.finfo(inputs.query.dtype).eps, inputs.query.shape[-1] ** 0.5
     key = inputs.whole_key
     logits = inputs.scale * size_of(inputs.query) * size_of(key) * width
+    # Where one key has all of the weight, dO · V - dO · O is 0, and what is left of it is the rounding of two sums, or of O.
+    sums = (
+        size_of(call.gradient) * size_of(inputs.value) * width * inputs.scale * max(size_of(inputs.query), size_of(key))
+    )
     if inputs.query.dtype == torch.float32:
-        # Where one key has all of the weight, dO · V - dO · O is 0, and what is left of it is the rounding of two sums.
-        sums = size_of(call.gradient) * size_of(inputs.value) * width * inputs.scale
-        return 8 * eps * (1 + logits) * max(largest, sums * max(size_of(inputs.query), size_of(key)))
-    return eps / 4 * largest * (1 if key is inputs.key else 1 + logits)
+        return 8 * eps * (1 + logits) * max(largest, sums)
+    return eps / 4 * max(largest * (1 if key is inputs.key else 1 + logits), sums)
 
 
 def assert_near(found: dict[str, Tensor], call: Call) -> None:
