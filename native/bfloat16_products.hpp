@@ -1,6 +1,7 @@
 // The two products of a tile in bfloat16, summed in floats: by the dot instruction of AVX-512 (two numbers a lane), or by the tiles of AMX (16 x 32 x 16).
 //
-// Sums of values need keys in pairs, [keys / 2, dim, 2]: two rows of keys are woven into one as they are read.
+// Sums of values need pairs of keys for the dot instruction, [keys / 2, dim, 2]: two rows of keys are woven into one as they are read. For tiles pairs of dimensions
+// do, which is how keys lie: each of the two is multiplied by a weight, and the other by 0. So what is infinite or no number in one is no number in the other.
 #pragma once
 
 #include <immintrin.h>
@@ -230,6 +231,7 @@ struct TileProducts : Tiles, WovenTurns {
     static constexpr int STEP = 32;
     static constexpr int KEYS = 32;
     static constexpr int64_t PIECE = SIDE * 32;  // numbers of a tile
+    static constexpr int64_t ROWS = SIDE / 2, LEFT = twofold::TILE / SIDE * PIECE;  // queries whose weights fill a left side of sums, and its numbers for a whole tile of keys
 
     static void put(uint16_t* to, Floats x) { put_narrow(to, x); }
     static void narrow(const float* from, uint16_t* to, int64_t count) { narrow_row(from, to, count); }
@@ -265,10 +267,7 @@ struct TileProducts : Tiles, WovenTurns {
         }
     }
 
-    static size_t scratch_bytes(int64_t rows, int64_t) {
-        const int64_t sums_of_logits = twofold::TILE * SIDE * 4, weights = blocks(rows) * SIDE * twofold::TILE * 2, woven = twofold::TILE * 64 * 2;
-        return static_cast<size_t>(sums_of_logits + weights + woven);
-    }
+    static size_t scratch_bytes(int64_t rows, int64_t) { return static_cast<size_t>(twofold::TILE * SIDE * 4 + (rows + ROWS - 1) / ROWS * LEFT * 2); }
 
     static void logits(const TwoFactors<uint16_t>& factors, int64_t rows, int64_t count, float* out, char* scratch, Ahead& ahead) {
         float* found = reinterpret_cast<float*>(scratch);  // [TILE, 16]
@@ -281,14 +280,25 @@ struct TileProducts : Tiles, WovenTurns {
         }
     }
 
-    // A few columns at a time, so that what is woven stays near.
+    // Rows of values are right sides as they lie: 16 pairs of neighbouring dimensions of 16 keys. The left side has each weight twice, in the row of its query
+    // beside a 0 for the second dimension of a pair, and eight rows on beside a 0 for the first.
     static void sums(const float* weights, int64_t rows, int64_t dim, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, char* scratch, Ahead& ahead) {
-        uint16_t* left = reinterpret_cast<uint16_t*>(scratch + twofold::TILE * SIDE * 4);  // [blocks, 16, TILE]
-        uint16_t* woven = left + blocks(rows) * SIDE * twofold::TILE;                      // [keys / 32, columns / 16, 16 pairs of keys, 16, 2]
-        narrow_row(weights, left, rows * twofold::TILE);
-        int64_t i = 0;
-        for (; i + 64 <= dim; i += 64) columns<2>(left, rows, values + i, stride, count, out + i, out_stride, woven, ahead);
-        if (i < dim) columns<1>(left, rows, values + i, stride, count, out + i, out_stride, woven, ahead);
+        uint16_t* left = reinterpret_cast<uint16_t*>(scratch + twofold::TILE * SIDE * 4);  // [blocks of 8 queries, keys / 16, 16, 16 keys, 2]
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t key = 0; key < count; key += SIDE) {
+                uint16_t* to = left + r / ROWS * LEFT + key / SIDE * PIECE + r % ROWS * 2 * SIDE;
+                const __m512i weight = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(load(weights + r * twofold::TILE + key))));
+                _mm512_storeu_si512(to, weight);
+                _mm512_storeu_si512(to + ROWS * 2 * SIDE, _mm512_slli_epi32(weight, 16));
+            }
+        }
+        for (int64_t row = 0; row < rows; row += ROWS, left += LEFT, out += ROWS * out_stride) {
+            const int64_t now = rows - row < ROWS ? rows - row : ROWS;
+            int64_t i = 0;
+            for (; i + 128 <= dim; i += 128) columns<4>(left, now, values + i, stride, count, out + i, out_stride, ahead);
+            for (; i + 64 <= dim; i += 64) columns<2>(left, now, values + i, stride, count, out + i, out_stride, ahead);
+            if (i < dim) columns<1>(left, now, values + i, stride, count, out + i, out_stride, ahead);
+        }
     }
 
    private:
@@ -330,51 +340,43 @@ struct TileProducts : Tiles, WovenTurns {
         if constexpr (Blocks == 4) _tile_stored(3, found + 3 * SIDE * SIDE, 64);
     }
 
-    // All queries and once or twice 32 dimensions.
+    // Up to eight queries and one, two or four times 32 dimensions.
     template <int Blocks>
-    static void columns(const uint16_t* left, int64_t rows, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, uint16_t* woven, Ahead& ahead) {
-        for (int64_t key = 0; key < count; key += 2) {
-            const uint16_t* from = values + key * stride;
-            uint16_t* to = woven + key / 32 * (2 * Blocks) * PIECE + key % 32 / 2 * 32;
-            for (int64_t b = 0; b < Blocks; ++b) {
-                const Woven two = weave(from + b * 32, from + stride + b * 32);
-                _mm512_storeu_si512(to + 2 * b * PIECE, two.low);
-                _mm512_storeu_si512(to + (2 * b + 1) * PIECE, two.high);
-            }
-            if (key % 4 == 0) ahead.go(Blocks + 1);
-        }
-        for (int64_t block = 0; block < blocks(rows); ++block)
-            add_columns<Blocks>(left + block * SIDE * twofold::TILE, rows - block * SIDE, woven, count, out + block * SIDE * out_stride, out_stride);
-        ahead.go(8 * Blocks);
-    }
-
-    // 16 queries and once or twice 32 dimensions.
-    template <int Blocks>
-    static void add_columns(const uint16_t* left, int64_t rows, const uint16_t* woven, int64_t count, float* out, int64_t out_stride) {
-        alignas(64) float whole[4][SIDE * SIDE];
+    static void columns(const uint16_t* left, int64_t rows, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, Ahead& ahead) {
+        alignas(64) float whole[Blocks][SIDE * SIDE];
         _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (Blocks == 2) _tile_zero(2);
-        if constexpr (Blocks == 2) _tile_zero(3);
-        for (int64_t key = 0; key < count; key += 32, woven += 2 * Blocks * PIECE) {
-            _tile_loadd(4, left + key, twofold::TILE * 2);
-            _tile_loadd(6, woven, 64);
-            _tile_loadd(7, woven + PIECE, 64);
+        if constexpr (Blocks > 1) _tile_zero(1);
+        if constexpr (Blocks > 2) _tile_zero(2);
+        if constexpr (Blocks > 2) _tile_zero(3);
+        for (int64_t key = 0; key < count; key += SIDE, left += PIECE, values += SIDE * stride) {
+            _tile_loadd(4, left, 64);
+            _tile_loadd(6, values, stride * 2);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            if constexpr (Blocks == 2) {
-                _tile_loadd(6, woven + 2 * PIECE, 64);
-                _tile_loadd(7, woven + 3 * PIECE, 64);
+            if constexpr (Blocks > 1) {
+                _tile_loadd(7, values + 32, stride * 2);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if constexpr (Blocks > 2) {
+                _tile_loadd(6, values + 64, stride * 2);
                 _tile_dpbf16ps(2, 4, 6);
+                _tile_loadd(7, values + 96, stride * 2);
                 _tile_dpbf16ps(3, 4, 7);
             }
+            ahead.go(8 * Blocks);
         }
         _tile_stored(0, whole[0], 64);
-        _tile_stored(1, whole[1], 64);
-        if constexpr (Blocks == 2) _tile_stored(2, whole[2], 64);
-        if constexpr (Blocks == 2) _tile_stored(3, whole[3], 64);
-        for (int64_t r = 0; r < (rows < SIDE ? rows : SIDE); ++r)
-            for (int64_t b = 0; b < Blocks; ++b) add_woven(out + r * out_stride + b * 32, _mm512_load_ps(whole[2 * b] + r * SIDE), _mm512_load_ps(whole[2 * b + 1] + r * SIDE));
+        if constexpr (Blocks > 1) _tile_stored(1, whole[1], 64);
+        if constexpr (Blocks > 2) _tile_stored(2, whole[2], 64);
+        if constexpr (Blocks > 2) _tile_stored(3, whole[3], 64);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t b = 0; b < Blocks; ++b) add_pairs(out + r * out_stride + b * 32, load(whole[b] + r * SIDE), load(whole[b] + (r + ROWS) * SIDE));
+    }
+
+    // Adds to 32 numbers those of even and those of odd places.
+    static void add_pairs(float* to, __m512 even, __m512 odd) {
+        const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_permutex2var_ps(even, first, odd)));
+        _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), _mm512_permutex2var_ps(even, last, odd)));
     }
 };
 #endif
