@@ -93,23 +93,23 @@ struct WovenTurns {
                 const Floats c[] = {load(cosine + i), load(cosine + i + W)}, s[] = {load(sine + i), load(sine + i + W)};
                 const auto turn_two = [&](const uint16_t* from, Floats s0, Floats s1, uint16_t* out) {
                     const Ints x = numbers(from + i, pairs - i), y = numbers(from + distance + i, pairs - i);
-                    turn_one<Scaled>(floats(x << 16), floats(y << 16), c[0], s0, scale + i, wide, out + 2 * i);
-                    turn_one<Scaled>(floats(x & HIGH), floats(y & HIGH), c[1], s1, scale + i + W, wide, out + 2 * i + 2 * W);
+                    turn_one<Scaled>(floats(x << 16), floats(y << 16), c[0], s0, scale, i, wide, out + 2 * i);
+                    turn_one<Scaled>(floats(x & HIGH), floats(y & HIGH), c[1], s1, scale, i + W, wide, out + 2 * i + 2 * W);
                 };
                 if (is_forth) turn_two(forth, s[0], s[1], to_forth);
                 if (is_back) turn_two(back, -s[0], -s[1], to_back);
             }
             if (i < pairs) {
                 const Floats c = load(cosine + i), s = load(sine + i);
-                if (is_forth) turn_one<Scaled>(widen(forth + i, pairs - i), widen(forth + distance + i, pairs - i), c, s, scale + i, wide, to_forth + 2 * i);
-                if (is_back) turn_one<Scaled>(widen(back + i, pairs - i), widen(back + distance + i, pairs - i), c, -s, scale + i, wide, to_back + 2 * i);
+                if (is_forth) turn_one<Scaled>(widen(forth + i, pairs - i), widen(forth + distance + i, pairs - i), c, s, scale, i, wide, to_forth + 2 * i);
+                if (is_back) turn_one<Scaled>(widen(back + i, pairs - i), widen(back + distance + i, pairs - i), c, -s, scale, i, wide, to_back + 2 * i);
             }
         }
     }
 
     template <bool Scaled>
-    static void turn_one(Floats x, Floats y, Floats c, Floats s, const float* scale, int64_t wide, uint16_t* to) {
-        if constexpr (Scaled) x *= load(scale), y *= load(scale + wide);
+    static void turn_one(Floats x, Floats y, Floats c, Floats s, const float* scale, int64_t at, int64_t wide, uint16_t* to) {
+        if constexpr (Scaled) x *= load(scale + at), y *= load(scale + wide + at);
         _mm512_storeu_si512(to, both_of(x * c - y * s, x * s + y * c));
     }
 
