@@ -13,7 +13,6 @@ namespace {
 using namespace twofold;
 
 constexpr float NOTHING = -__builtin_inff();
-constexpr int64_t TILES_AHEAD = 1;
 
 // Hands out parts of a piece of memory, at the boundaries of cache lines; without one it only counts.
 struct Shelf {
@@ -201,7 +200,8 @@ struct Attention {
 
     void ask_for_table_row(int64_t token) const {
         const int64_t bytes = call.table.pairs * static_cast<int64_t>(bytes_of(call.table.kind));
-        for (const char* from : {call.table.cosine, call.table.sine}) ask(from + table_place(token), bytes, bytes, 1);
+        for (const char* from : {call.table.cosine, call.table.sine})
+            for (int64_t byte = 0; byte < bytes; byte += 64) ask_now(from + table_place(token) + byte);
     }
 
     // Row i turns by as much as row i of the table does more than its first: so much more, or less, does the key turn that is i places after, or before,
@@ -248,18 +248,11 @@ struct Attention {
         int64_t stride;
     };
 
-    // The lines of a tile, in the order in which they lie: the products go through it in columns, which no processor foresees.
-    static void ask(const char* from, int64_t step, int64_t bytes, int64_t count) {
-        for (int64_t k = 0; k < count; ++k, from += step)
-            for (int64_t byte = 0; byte < bytes; byte += 64) ask_now(from + byte);
-    }
-
     // Rows [first, first + count) of a head, `count` filled up to `full`: where they lie, if they lie as the products want them, or a copy.
     Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to, Ahead& ahead) {
         const char* from = row_of(call, rows_of, sequence, kv_head, first);
         const int64_t size = static_cast<int64_t>(bytes_of(rows_of.kind)), step = rows_of.row_stride * size;
-        ask(from, step, dim * size, count);
-        if (!call.pages) ahead = {from + TILES_AHEAD * count * step, step, dim * size, count};
+        if (first + count < call.keys) ahead = {row_of(call, rows_of, sequence, kv_head, first + count), step, dim * size, count};
         if (rows_of.kind == OWN && dim == wide && count == full && !some) return {reinterpret_cast<const Number*>(from), rows_of.row_stride};
         for (int64_t k = 0; k < full; ++k, from += step) {
             Number* target = to + k * wide;

@@ -109,7 +109,7 @@ inline Floats tanh(Floats x) {
 // Asks for the line of memory at p, which will be wanted at once. Where that is no memory of ours nothing happens.
 inline void ask_now(const void* p) { __builtin_prefetch(p, 0, 3); }
 
-// Rows that will be wanted some tiles later, asked for a few lines at a time in between other work: asked for all at once they would hold it up, and
+// Rows of the next tile, asked for a few lines at a time in between other work: asked for all at once they would hold it up, and
 // in the order in which they lie, which is the one that processors foresee.
 struct Ahead {
     const char* row = nullptr;
