@@ -6,9 +6,10 @@
     python benchmarks/decode_cpu.py --threads 1 --rounds 15
     python benchmarks/decode_cpu.py --llama-python ENVIRONMENT/bin/python    # llama.cpp beside it, from an environment that has llama-cpp-python and gguf
 
-First the speed at which this machine reads memory is measured, over as many bytes as the one tensor has. "One tensor" is key and value at once in
-bfloat16; "two tensors" are read by the same code; codes are int8 with a scale for each token or each channel; keys are turned as they are read in all
-dimensions, or in a quarter of them. Of PyTorch there are `scaled_dot_product_attention` with the queries of a group folded together, and with enable_gqa, and
+All of them read memory, not the cache of a processor: before each so much else is read that nothing of it is left there, as a model reads its weights and the
+caches of all other layers before it comes back to one. The speed at which this machine reads memory is measured likewise, over the one tensor. "One tensor" is key
+and value at once in bfloat16; "two tensors" are read by the same code; codes are int8 with a scale for each token or each channel; keys are turned as they are read
+in all dimensions, or in a quarter of them. Of PyTorch there are `scaled_dot_product_attention` with the queries of a group folded together, and with enable_gqa, and
 plain products of matrices in two layouts; "best" is the fastest of those but for enable_gqa, which is shown by itself.
 
 Every result is compared with float64 before anything is timed. In each round all contenders run in turn; a ratio is the median over rounds of the ratio within a
@@ -39,6 +40,8 @@ SLOW = "enable_gqa"
 SLOW_ROUNDS = 1
 """Rounds of the slowest contender, which is tens of times slower than all others."""
 LLAMA_TOKENS = 4096
+PIECES = 1024
+"""Of each tensor, which are written in turns."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,28 @@ def rotation(shape: Shape, pairs: int) -> Rotation:
     return Rotation(cosine=cosine, sine=sine, distance=shape.head_dim // 2, steady=steady)
 
 
+def side_by_side(*tensors: Tensor) -> list[Tensor]:
+    """Copies, written a piece of each in turns, so that each gets its share of memory: a page is found for it when it is first written.
+
+    Where others use the machine too, some of its memory is read faster than other, and tensors that lie apart would be compared with their luck.
+    """
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    pairs = [
+        zip(copy.flatten().chunk(PIECES), tensor.flatten().chunk(PIECES), strict=True)
+        for copy, tensor in zip(copies, tensors, strict=True)
+    ]
+    for pieces in zip(*pairs, strict=True):
+        for copy, piece in pieces:
+            copy.copy_(piece)
+    return copies
+
+
 def ours(shape: Shape) -> dict[str, Inputs]:
     """What the compiled kernel is given."""
     size = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
-    stream, value = torch.randn(size).bfloat16(), torch.randn(size).bfloat16()
+    stream = torch.randn(size).bfloat16()
+    coded = {name: quantized(stream, dim) for name, dim in (("tokens", 3), ("channels", 2))}
+    stream, value, *codes = side_by_side(stream, torch.randn(size).bfloat16(), *(codes for codes, _ in coded.values()))
     query = torch.randn(shape.batch, shape.kv_heads * shape.group, 1, shape.head_dim).bfloat16()
     one = Inputs(query=query, key=stream, value=stream, mask=Mask(causal=True), scale=shape.head_dim**-0.5)
     given = {
@@ -98,9 +119,8 @@ def ours(shape: Shape) -> dict[str, Inputs]:
         "turned": replace(one, key_rotation=rotation(shape, shape.head_dim // 2)),
         "turned in part": replace(one, key_rotation=rotation(shape, shape.head_dim // 8)),
     }
-    for name, dim in (("int8, scales of tokens", 3), ("int8, scales of channels", 2)):
-        codes, scales = quantized(stream, dim)
-        given[name] = replace(one, key=codes, value=codes, key_scales=scales, value_scales=scales)
+    for (name, (_, scales)), key in zip(coded.items(), codes, strict=True):
+        given[f"int8, scales of {name}"] = replace(one, key=key, value=key, key_scales=scales, value_scales=scales)
     return given
 
 
@@ -153,13 +173,21 @@ def contenders(shape: Shape) -> Contenders:
     return made
 
 
-def timed(made: Contenders, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in each round; those of the slow one in the first rounds only."""
+def cache_bytes() -> int:
+    """Of the largest cache of this processor, as Linux tells it; elsewhere 64 MiB are assumed."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << {"K": 10, "M": 20}[size[-1]] for size in sizes), default=64 << 20)
+
+
+def timed(made: Contenders, rounds: int, others_bytes: int) -> dict[str, list[float]]:
+    """Seconds of each in each round; those of the slow one in the first rounds only. Before each, so many bytes of something else are read."""
+    others = torch.ones(others_bytes // 8, dtype=torch.int64)
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for index in range(rounds + 1):
         for name in in_turn(list(made), index):
             if name.endswith(SLOW) and index > SLOW_ROUNDS:
                 continue
+            native.read(others)
             start = time.perf_counter()
             made[name]()
             seconds[name].append(time.perf_counter() - start)
@@ -196,7 +224,10 @@ def rows_of(shape: Shape, threads: int, seconds: dict[str, list[float]], stream_
 
 
 def beside_llama(shape: Shape, threads: int, python: str) -> list[Row]:
-    """llama.cpp's attention over a cache that does not take it minutes to fill, in a process of its own, against ours over as many tokens."""
+    """llama.cpp's attention over a cache that does not take it minutes to fill, in a process of its own, against ours over as many tokens.
+
+    Both are repeated with nothing in between: as much of the keys as the caches of the processor hold is read from there.
+    """
     shape = replace(shape, batch=1, tokens=min(shape.tokens, LLAMA_TOKENS))
     sizes = [str(size) for size in (shape.kv_heads, shape.group, shape.head_dim, shape.tokens)]
     script = Path(__file__).with_name("decode_llama.py")
@@ -204,7 +235,7 @@ def beside_llama(shape: Shape, threads: int, python: str) -> list[Row]:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise SystemExit(f"{python} could not run llama.cpp: {reason}")
-    one = timed({"one tensor": contenders(shape)["one tensor"]}, 15)["one tensor"]
+    one = timed({"one tensor": contenders(shape)["one tensor"]}, 15, others_bytes=0)["one tensor"]
     place = f"{shape}, {threads} thread{'s' if threads > 1 else ''}"
     return [
         row(
@@ -235,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
             for threads in options.threads:
                 torch.set_num_threads(threads)
                 print(f"{shape}, threads: {threads}", file=sys.stderr)
-                rows += rows_of(shape, threads, timed(made, options.rounds), stream_bytes)
+                rows += rows_of(shape, threads, timed(made, options.rounds, 2 * cache_bytes()), stream_bytes)
                 if options.llama_python and shape == options.shapes[0]:
                     rows += beside_llama(shape, threads, options.llama_python)
     show(rows, as_json=options.json)
