@@ -9,8 +9,9 @@
 All of them read memory, not the cache of a processor: before each so much else is read that nothing of it is left there, as a model reads its weights and the
 caches of all other layers before it comes back to one. The speed at which this machine reads memory is measured likewise, over the one tensor. "One tensor" is key
 and value at once in bfloat16; "two tensors" are read by the same code; codes are int8 with a scale for each token or each channel; keys are turned as they are read
-in all dimensions, or in a quarter of them. Of PyTorch there are `scaled_dot_product_attention` with the queries of a group folded together, and with enable_gqa, and
-plain products of matrices in two layouts; "best" is the fastest of those but for enable_gqa, which is shown by itself.
+in all dimensions, or in a quarter of them; pages are of 16 tokens of all heads, anywhere in memory. Of PyTorch there are `scaled_dot_product_attention` with the
+queries of a group folded together, and with enable_gqa, and plain products of matrices in two layouts; "best" is the fastest of those but for enable_gqa, which is
+shown by itself.
 
 Every result is compared with float64 before anything is timed. In each round all contenders run in turn; a ratio is the median over rounds of the ratio within a
 round. Two quiet cores take some minutes, and 6 GiB of memory.
@@ -36,6 +37,7 @@ from rows import Row, in_turn, ratio, row, show
 from twofold.kernels import Inputs, Mask, Rotation, native, reference
 
 Contenders = dict[str, Callable[[], object]]
+PAGES = "pages of 16"
 SLOW = "enable_gqa"
 SLOW_ROUNDS = 1
 """Rounds of the slowest contender, which is tens of times slower than all others."""
@@ -124,6 +126,19 @@ def ours(shape: Shape) -> dict[str, Inputs]:
     return given
 
 
+def paged(inputs: Inputs, page: int = 16) -> Inputs:
+    """The same in pages that lie in any order, as vLLM lays them out: [pages, tokens, heads, dims]."""
+    batch, kv_heads, tokens, head_dim = inputs.key.shape
+    count = -(-tokens // page)
+    order = torch.randperm(batch * count, generator=torch.Generator().manual_seed(0)).to(inputs.key.device)
+    rows = F.pad(inputs.key, (0, 0, 0, count * page - tokens)).transpose(1, 2)
+    pages = torch.empty((batch * count, page, kv_heads, head_dim), dtype=rows.dtype, device=rows.device)
+    pages[order] = rows.reshape(batch * count, page, kv_heads, head_dim)
+    stream, table = pages.transpose(1, 2), order.reshape(batch, count).to(torch.int32)
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device=rows.device)
+    return replace(inputs, key=stream, value=stream, pages=table, mask=Mask(causal=True, lengths=lengths))
+
+
 def of_pytorch(query: Tensor, key: Tensor, value: Tensor) -> Contenders:
     """PyTorch's ways to the same, without a copy of a key; ``query`` [B, H, 1, D] is folded to [B, G, H / G, D]."""
     folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
@@ -161,6 +176,9 @@ def contenders(shape: Shape) -> Contenders:
     for name, inputs in given.items():
         check(inputs, native.attend(inputs), name)
         made[name] = lambda inputs=inputs: native.attend(inputs)
+    in_pages = paged(given["one tensor"])
+    check(given["one tensor"], native.attend(in_pages), PAGES)
+    made[PAGES] = lambda: native.attend(in_pages)
     for tensors in ("one", "two"):
         inputs = given[f"{tensors} tensor{'s' if tensors == 'two' else ''}"]
         for name, run in of_pytorch(inputs.query, inputs.key, inputs.value).items():
@@ -210,6 +228,7 @@ def rows_of(shape: Shape, threads: int, seconds: dict[str, list[float]], stream_
         row(f"{place}: PyTorch's best with two tensors / one tensor", ratio(best("two"), one), "ratio", ">= 4"),
         row(f"{place}: PyTorch's best with v = k / one tensor", ratio(best("one"), one), "ratio", ">= 3"),
         row(f"{place}: two tensors / one tensor", ratio(seconds["two tensors"], one), "ratio"),
+        row(f"{place}: {PAGES} / one tensor", ratio(seconds[PAGES], one), "ratio"),
         row(f"{place}: turned / one tensor", ratio(seconds["turned"], one), "ratio", "<= 1.1"),
         row(f"{place}: turned in part / one tensor", ratio(seconds["turned in part"], one), "ratio", "<= 1.1"),
     ]
@@ -250,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="rows for programs")
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, default=[Shape.parse(text) for text in SHAPES])
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--llama-python", metavar="PATH", help="a Python that has llama-cpp-python and gguf, for the first shape"
     )

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from decode_cpu import Shape, check, quantized, rotation
+from decode_cpu import Shape, check, paged, quantized, rotation
 from decode_gpu_models import model_rows
 from rows import Row, in_turn, left_out, ratio, row, shown
 from twofold.kernels import Inputs, Mask, Rotation, triton_decode
@@ -110,19 +110,6 @@ def ours(shape: Shape, device: str) -> dict[str, Inputs]:
             given["int8, turned in part"] = replace(given[name], key_rotation=turning)
     given["four queries"] = replace(one, query=normal(shape.batch, heads, 4, shape.head_dim))
     return given
-
-
-def paged(inputs: Inputs, page: int = 16) -> Inputs:
-    """The same in pages that lie in any order, as vLLM lays them out: [pages, tokens, heads, dims]."""
-    batch, kv_heads, tokens, head_dim = inputs.key.shape
-    count = -(-tokens // page)
-    order = torch.randperm(batch * count, generator=torch.Generator().manual_seed(0)).to(inputs.key.device)
-    rows = F.pad(inputs.key, (0, 0, 0, count * page - tokens)).transpose(1, 2)
-    pages = torch.empty((batch * count, page, kv_heads, head_dim), dtype=rows.dtype, device=rows.device)
-    pages[order] = rows.reshape(batch * count, page, kv_heads, head_dim)
-    stream, table = pages.transpose(1, 2), order.reshape(batch, count).to(torch.int32)
-    lengths = torch.full((batch,), tokens, dtype=torch.int32, device=rows.device)
-    return replace(inputs, key=stream, value=stream, pages=table, mask=Mask(causal=True, lengths=lengths))
 
 
 def of_pytorch(query: Tensor, key: Tensor, value: Tensor, bench: Bench) -> Contenders:

@@ -14,6 +14,14 @@ namespace {
 
 constexpr int64_t BYTES_WORTH_THREADS = 1 << 17;  // below this one thread is done before another has woken up
 
+// How many keys a thread looks at before it takes other work. It waits for the first of them, so they are many where there are enough for many threads. The
+// number follows from the keys alone: neither other sequences nor threads change a bit of the result.
+int64_t keys_of_chunk(int64_t keys) {
+    constexpr int64_t LEAST = 16 * TILE, MOST = 64 * TILE, SHARES = 16;
+    const int64_t share = keys / SHARES / TILE * TILE;
+    return share < LEAST ? LEAST : share > MOST ? MOST : share;
+}
+
 // Memory of a thread that is kept for its next call.
 class Memory {
    public:
@@ -80,7 +88,7 @@ void attention(const Call& given, const Level& level, int threads) {
     static std::atomic<uint64_t> calls{0};
     Call call = given;
     call.serial = ++calls;
-    const int64_t heads = call.batch * call.kv_heads, chunks = call.keys ? (call.keys + CHUNK - 1) / CHUNK : 1;
+    const int64_t heads = call.batch * call.kv_heads, chunk_keys = keys_of_chunk(call.keys), chunks = call.keys ? (call.keys + chunk_keys - 1) / chunk_keys : 1;
     if (heads == 0 || call.rows() == 0) return;
     Parts parts{call.rows(), (call.value_dim + PADDING - 1) / PADDING * PADDING, chunks, nullptr};
     parts.memory = reinterpret_cast<float*>(parts_memory.of(static_cast<size_t>(heads * chunks * parts.floats_of_one()) * sizeof(float)));
@@ -89,8 +97,8 @@ void attention(const Call& given, const Level& level, int threads) {
     for (auto& count : open) count.store(chunks, std::memory_order_relaxed);
     const int64_t bytes = heads * call.keys * call.key_dim * static_cast<int64_t>(bytes_of(call.key.kind));
     share(heads * chunks, bytes < BYTES_WORTH_THREADS ? 1 : threads, [&](int64_t index) {
-        const int64_t head = index / chunks, chunk = index % chunks, first = chunk * CHUNK;
-        const int64_t last = first + CHUNK < call.keys ? first + CHUNK : call.keys;
+        const int64_t head = index / chunks, chunk = index % chunks, first = chunk * chunk_keys;
+        const int64_t last = first + chunk_keys < call.keys ? first + chunk_keys : call.keys;
         level.attend(call, head / call.kv_heads, head % call.kv_heads, first, last, scratch_memory.of(scratch), parts.at(head, chunk));
         if (open[static_cast<size_t>(head)].fetch_sub(1, std::memory_order_acq_rel) == 1) put_together(call, parts, head);
     });

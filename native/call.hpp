@@ -78,8 +78,7 @@ struct Level {
     void (*attend)(const Call&, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, char* scratch, Part part);
 };
 
-constexpr int64_t TILE = 64;        // keys that are looked at together
-constexpr int64_t CHUNK = 16 * TILE;  // keys that one thread looks at before it takes other work
+constexpr int64_t TILE = 64;     // keys that are looked at together
 constexpr int64_t PADDING = 64;       // a row of sums has a whole number of these, at every level
 
 }  // namespace twofold

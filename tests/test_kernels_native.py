@@ -275,8 +275,22 @@ def test_queries_without_keys_get_zero_and_a_sink_changes_nothing_of_that():
         assert found[1:].abs().amax(dim=-1).gt(0).all()
 
 
-def test_the_number_of_threads_changes_no_bit():
-    inputs = small(torch.float32, keys=5000)
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("keys", [1025, 20_001, 70_000])
+def test_long_texts_are_put_together_of_parts(level: str, keys: int):
+    check(small(batch=1, keys=keys, head_dim=16), level)
+
+
+@pytest.mark.parametrize("keys", [70, 5000, 40_000])
+def test_other_texts_change_no_bit(keys: int):
+    inputs = small(keys=keys)
+    alone = replace(inputs, query=inputs.query[1:2], key=inputs.key[1:2], value=inputs.key[1:2])
+    assert torch.equal(native.attend(inputs)[1:2], native.attend(alone))
+
+
+@pytest.mark.parametrize("keys", [5000, 40_000])
+def test_the_number_of_threads_changes_no_bit(keys: int):
+    inputs = small(torch.float32, keys=keys)
     before = torch.get_num_threads()
     try:
         results = []
