@@ -248,11 +248,18 @@ struct Attention {
         int64_t stride;
     };
 
+    // Where a page of addresses lies takes long to find out, and holds up the lines that are asked for behind: here a core finds several at once, during the products.
+    static void find_pages(const char* from, int64_t bytes) {
+        constexpr int64_t PAGE = 4096;
+        for (int64_t at = 0; at < bytes; at += PAGE) ask_soon(from + at);
+    }
+
     // Rows [first, first + count) of a head, `count` filled up to `full`: where they lie, if they lie as the products want them, or a copy.
     Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to, Ahead& ahead) {
         const char* from = row_of(call, rows_of, sequence, kv_head, first);
         const int64_t size = static_cast<int64_t>(bytes_of(rows_of.kind)), step = rows_of.row_stride * size;
         if (first + count < call.keys) ahead = {row_of(call, rows_of, sequence, kv_head, first + count), step, dim * size, count};
+        if (first + 2 * count < call.keys) find_pages(row_of(call, rows_of, sequence, kv_head, first + 2 * count), count * step);
         if (rows_of.kind == OWN && dim == wide && count == full && !some) return {reinterpret_cast<const Number*>(from), rows_of.row_stride};
         for (int64_t k = 0; k < full; ++k, from += step) {
             Number* target = to + k * wide;

@@ -106,8 +106,9 @@ inline Floats tanh(Floats x) {
     return x != x ? x : result;
 }
 
-// Asks for the line of memory at p, which will be wanted at once. Where that is no memory of ours nothing happens.
+// Asks for the line of memory at p, which will be wanted at once, or soon. Where that is no memory of ours nothing happens.
 inline void ask_now(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void ask_soon(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Rows of the next tile, asked for a few lines at a time in between other work: asked for all at once they would hold it up, and
 // in the order in which they lie, which is the one that processors foresee.
@@ -117,7 +118,7 @@ struct Ahead {
 
     void go(int64_t lines) {
         for (; lines > 0 && rows > 0; --lines) {
-            __builtin_prefetch(row + at, 0, 2);
+            ask_soon(row + at);
             at += 64;
             if (at >= bytes) at = 0, row += step, --rows;
         }
