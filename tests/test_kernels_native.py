@@ -278,7 +278,10 @@ def test_queries_without_keys_get_zero_and_a_sink_changes_nothing_of_that():
 @pytest.mark.parametrize("level", native.levels())
 @pytest.mark.parametrize("keys", [1025, 20_001, 70_000])
 def test_long_texts_are_put_together_of_parts(level: str, keys: int):
-    check(small(batch=1, keys=keys, head_dim=16), level)
+    # Equal weights of values that rise along the text: a part that is left out, or read twice, moves their mean.
+    inputs = small(batch=1, keys=keys, head_dim=16)
+    rising = inputs.key + (8 * torch.linspace(0, 1, keys)[:, None]).to(inputs.key.dtype)
+    check(replace(inputs, query=torch.zeros_like(inputs.query), key=rising, value=rising), level)
 
 
 @pytest.mark.parametrize("keys", [70, 5000, 40_000])
