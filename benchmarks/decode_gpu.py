@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from decode_cpu import Shape, check, paged, quantized, rotation
+from decode_cpu import PAGES, Shape, check, paged, quantized, rotation
 from decode_gpu_models import model_rows
 from rows import Row, in_turn, left_out, ratio, row, shown
 from twofold.kernels import Inputs, Mask, Rotation, triton_decode
@@ -159,8 +159,8 @@ def contenders(shape: Shape, bench: Bench) -> Contenders:
         check(inputs, triton_decode.attend(inputs), name)
         made[name] = lambda inputs=inputs: triton_decode.attend(inputs)
     one, in_pages = given["one tensor"], paged(given["one tensor"])
-    check(one, triton_decode.attend(in_pages), "pages of 16")
-    made["pages of 16"] = lambda: triton_decode.attend(in_pages)
+    check(one, triton_decode.attend(in_pages), PAGES)
+    made[PAGES] = lambda: triton_decode.attend(in_pages)
     for tensors, value in (("two", given["two tensors"].value), ("one", one.key)):
         inputs = replace(one, value=value)
         for name, run in of_pytorch(one.query, one.key, value, bench).items():
@@ -280,7 +280,7 @@ def rows_of(shape: Shape, seconds: dict[str, list[float]], starts: dict[str, flo
         yield row(f"{shape}: turned in part / plain products of two tensors", ratio(partly, plain), "ratio", goals[0])
         if fused := best(seconds, "PyTorch, two: ", tuple(FUSED)):
             yield row(f"{shape}: PyTorch's best fused call / turned in part", ratio(fused, partly), "ratio", goals[1])
-    for name in ("int8", "float8", "int8, turned in part", "pages of 16", "four queries"):
+    for name in ("int8", "float8", "int8, turned in part", PAGES, "four queries"):
         yield row(f"{shape}: {name} / one tensor", ratio(seconds[name], one), "ratio")
     for name, times in seconds.items():
         yield row(f"{shape}: {name}", 1e3 * median(times), "ms")

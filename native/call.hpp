@@ -79,6 +79,6 @@ struct Level {
 };
 
 constexpr int64_t TILE = 64;     // keys that are looked at together
-constexpr int64_t PADDING = 64;       // a row of sums has a whole number of these, at every level
+constexpr int64_t PADDING = 64;  // a row of sums has a whole number of these, at every level
 
 }  // namespace twofold
