@@ -65,6 +65,40 @@ inline const char* row_of(const Call& call, const Rows& rows, int64_t sequence, 
     return rows.data + index * static_cast<int64_t>(bytes_of(rows.kind));
 }
 
+// In which order the lines of a tile are asked for: some of each page of memory in turns. A processor foresees what follows in several pages at once, and begins anew
+// with each page; asked for page by page a tile takes longer to come.
+class Order {
+   public:
+    Order() = default;
+    Order(const Rows& rows, int64_t dim, int64_t tokens, Shelf& shelf) : bytes_(dim * size(rows)), step_(rows.row_stride * size(rows)), tokens_(tokens) {
+        places_ = shelf.take<int32_t>(tokens * (up(bytes_, LINE) / LINE) + PIECE / LINE);
+    }
+
+    void make() {
+        const bool is_whole = step_ == bytes_;
+        const int64_t piece = is_whole ? PIECE : bytes_, step = is_whole ? PIECE : step_, pieces = is_whole ? up(tokens_ * bytes_, PIECE) / PIECE : tokens_;
+        if (pieces * step > INT32_MAX) return;
+        const int64_t pages = pieces * step / PAGE, of_one = pages < 1 ? pieces : pages < pieces ? (pieces + pages - 1) / pages : 1;
+        for (int64_t first = 0; first < of_one; ++first)
+            for (int64_t at = first; at < pieces; at += of_one)
+                for (int64_t byte = 0; byte < piece; byte += LINE) places_[lines_++] = static_cast<int32_t>(at * step + byte);
+    }
+
+    Ahead of(const char* tile) const { return {tile, places_, places_ + lines_}; }
+
+    // Where a page lies takes long to find out, and holds up the lines that are asked for behind: here a core finds several at once, during the products.
+    void find_pages(const char* tile, int64_t tokens) const {
+        for (int64_t at = 0; at < tokens * step_; at += PAGE) ask_soon(tile + at);
+    }
+
+   private:
+    static constexpr int64_t LINE = 64, PIECE = 256, PAGE = 4096;
+    static int64_t size(const Rows& rows) { return static_cast<int64_t>(bytes_of(rows.kind)); }
+
+    int64_t bytes_ = 0, step_ = 0, tokens_ = 0, lines_ = 0;
+    int32_t* places_ = nullptr;
+};
+
 template <class Products>
 struct Attention {
     using Number = typename Products::Number;
@@ -73,20 +107,28 @@ struct Attention {
     const Call& call;
     const int64_t sequence, head;
     const int64_t rows, key_dim, value_dim, turned_dim, extension_dim, raw_dim;
+    const int64_t tile_tokens;
     const bool does_turn, has_still;
     Shelf shelf;
     Kept* kept;
     Number *still_query, *turned_query, *extension_query, *raw, *values, *turned, *extension;
     float *turning, *made, *scale, *turning_scale, *turns, *row, *logits;
     View view;
+    Order order_of_keys, order_of_values, order_of_extension;
     char* products;
 
     static int64_t padded(int64_t dim) { return up(dim, Products::STEP); }
 
+    // A tile that the first level of caches does not hold would come from the second one twice.
+    static int64_t tokens_of_tile(const Call& call, int64_t dim) {
+        const int64_t most = dim * static_cast<int64_t>(sizeof(Number)) > 512 ? TILE / 2 : TILE;
+        return call.pages && call.page_tokens < most ? call.page_tokens : most;
+    }
+
     Attention(const Call& c, int64_t s, int64_t h, char* memory)
         : call(c), sequence(s), head(h), rows(c.rows()), key_dim(padded(c.key_dim)), value_dim(padded(c.value_dim)),
           turned_dim(2 * up(c.table.pairs, Products::PAIRS)), extension_dim(padded(c.extension_dim)),
-          raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), does_turn(c.table.pairs > 0),
+          raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), tile_tokens(tokens_of_tile(c, raw_dim)), does_turn(c.table.pairs > 0),
           has_still(2 * c.table.pairs < c.key_dim), shelf{memory} {
         kept = shelf.take<Kept>(1);
         still_query = shelf.take<Number>(Products::packed_numbers(rows, key_dim));
@@ -104,6 +146,9 @@ struct Attention {
         row = shelf.take<float>(8 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
         logits = shelf.take<float>(rows * TILE);
         view = {shelf.take<uint8_t>(call.queries * TILE), shelf.take<uint8_t>(TILE)};
+        order_of_keys = Order(c.key, c.shares_value ? shared_dim() : c.key_dim, tile_tokens, shelf);
+        if (!c.shares_value) order_of_values = Order(c.value, c.value_dim, tile_tokens, shelf);
+        if (c.extension_dim) order_of_extension = Order(c.extension, c.extension_dim, tile_tokens, shelf);
         products = shelf.take<char>(static_cast<int64_t>(Products::scratch_bytes(rows, value_dim > key_dim ? value_dim : key_dim)));
     }
 
@@ -111,17 +156,16 @@ struct Attention {
         const int64_t stride = up(call.value_dim, PADDING);
         for (int64_t r = 0; r < rows; ++r) part.greatest[r] = NOTHING, part.total[r] = 0;
         std::memset(part.values, 0, static_cast<size_t>(rows * stride) * 4);
-        // A tile that the first level of caches does not hold would come from the second one twice.
-        const int64_t most = raw_dim * static_cast<int64_t>(sizeof(Number)) > 512 ? TILE / 2 : TILE;
         bool is_ready = false;
         for (int64_t begin = first, count; begin < last; begin += count) {
-            count = last - begin < most ? last - begin : most;
+            count = last - begin < tile_tokens ? last - begin : tile_tokens;
             if (call.pages && count > call.page_tokens - begin % call.page_tokens) count = call.page_tokens - begin % call.page_tokens;
             const Sight sight = view.look(call, sequence, begin, count);
             if (sight == Sight::none) continue;
             if (!is_ready) {
                 Products::start();
                 pack_queries();
+                for (Order* order : {&order_of_keys, &order_of_values, &order_of_extension}) order->make();
                 is_ready = true;
             }
             look_at(begin, count, sight == Sight::some, part, stride);
@@ -134,6 +178,8 @@ struct Attention {
     }
 
    private:
+    int64_t shared_dim() const { return call.value_dim > call.key_dim ? call.value_dim : call.key_dim; }
+
     const float* channels(const Scales& scales) const {
         return scales.of_channels ? scales.of_channels + sequence * scales.batch_stride + head * scales.head_stride : nullptr;
     }
@@ -248,18 +294,12 @@ struct Attention {
         int64_t stride;
     };
 
-    // Where a page of addresses lies takes long to find out, and holds up the lines that are asked for behind: here a core finds several at once, during the products.
-    static void find_pages(const char* from, int64_t bytes) {
-        constexpr int64_t PAGE = 4096;
-        for (int64_t at = 0; at < bytes; at += PAGE) ask_soon(from + at);
-    }
-
     // Rows [first, first + count) of a head, `count` filled up to `full`: where they lie, if they lie as the products want them, or a copy.
-    Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to, Ahead& ahead) {
+    Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to, const Order& order, Ahead& ahead) {
         const char* from = row_of(call, rows_of, sequence, kv_head, first);
         const int64_t size = static_cast<int64_t>(bytes_of(rows_of.kind)), step = rows_of.row_stride * size;
-        if (first + count < call.keys) ahead = {row_of(call, rows_of, sequence, kv_head, first + count), step, dim * size, count};
-        if (first + 2 * count < call.keys) find_pages(row_of(call, rows_of, sequence, kv_head, first + 2 * count), count * step);
+        if (first + count < call.keys) ahead = order.of(row_of(call, rows_of, sequence, kv_head, first + count));
+        if (first + 2 * count < call.keys) order.find_pages(row_of(call, rows_of, sequence, kv_head, first + 2 * count), count);
         if (rows_of.kind == OWN && dim == wide && count == full && !some) return {reinterpret_cast<const Number*>(from), rows_of.row_stride};
         for (int64_t k = 0; k < full; ++k, from += step) {
             Number* target = to + k * wide;
@@ -310,20 +350,19 @@ struct Attention {
 
     void look_at(int64_t first, int64_t count, bool some, Part part, int64_t stride) {
         const int64_t full = up(count, Products::KEYS);
-        const int64_t shared_dim = call.value_dim > call.key_dim ? call.value_dim : call.key_dim;
         Ahead of_keys, of_values, of_others;
-        const Tile keys = call.shares_value ? take(call.key, head, shared_dim, raw_dim, first, count, full, some, raw, of_keys)
-                                            : take(call.key, head, call.key_dim, key_dim, first, count, full, some, raw, of_keys);
+        const Tile keys = call.shares_value ? take(call.key, head, shared_dim(), raw_dim, first, count, full, some, raw, order_of_keys, of_keys)
+                                            : take(call.key, head, call.key_dim, key_dim, first, count, full, some, raw, order_of_keys, of_keys);
         std::memset(logits, 0, static_cast<size_t>(rows * TILE) * 4);
         add_logits(keys, first, count, full, of_keys);
         if (call.key_scales.of_tokens) multiply(call.key_scales, first, count, some);  // codes alone: what extends a key is none
         if (call.extension_dim) {
-            const Tile more = take(call.extension, 0, call.extension_dim, extension_dim, first, count, full, some, extension, of_others);
+            const Tile more = take(call.extension, 0, call.extension_dim, extension_dim, first, count, full, some, extension, order_of_extension, of_others);
             const Factors<Number> extended{extension_query, more.data, extension_dim, more.stride};
             Products::logits({extended, {}}, rows, full, logits, products, of_others);
         }
         weigh(first, count, some, part, stride, of_keys);
-        const Tile summed = call.shares_value ? keys : take(call.value, head, call.value_dim, value_dim, first, count, full, some, values, of_values);
+        const Tile summed = call.shares_value ? keys : take(call.value, head, call.value_dim, value_dim, first, count, full, some, values, order_of_values, of_values);
         Products::sums(logits, rows, value_dim, summed.data, summed.stride, full, part.values, stride, products, call.shares_value ? of_keys : of_values);
         of_keys.go(TILE * raw_dim);
         of_values.go(TILE * value_dim);

@@ -110,18 +110,14 @@ inline Floats tanh(Floats x) {
 inline void ask_now(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void ask_soon(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Rows of the next tile, asked for a few lines at a time in between other work: asked for all at once they would hold it up, and
-// in the order in which they lie, which is the one that processors foresee.
+// Lines of the next tile, asked for a few at a time in between other work: asked for all at once they would hold it up.
 struct Ahead {
-    const char* row = nullptr;
-    int64_t step = 0, bytes = 0, rows = 0, at = 0;
+    const char* tile = nullptr;
+    const int32_t *next = nullptr, *last = nullptr;  // places of lines in the tile
 
     void go(int64_t lines) {
-        for (; lines > 0 && rows > 0; --lines) {
-            ask_soon(row + at);
-            at += 64;
-            if (at >= bytes) at = 0, row += step, --rows;
-        }
+        const int32_t* to = last - next < lines ? last : next + lines;
+        for (; next < to; ++next) ask_soon(tile + *next);
     }
 };
 
