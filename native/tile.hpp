@@ -112,7 +112,8 @@ struct Attention {
     Shelf shelf;
     Kept* kept;
     Number *still_query, *turned_query, *extension_query, *raw, *values, *turned, *extension;
-    float *turning, *made, *scale, *turning_scale, *turns, *row, *logits;
+    float *turning, *made, *scale, *turning_scale, *turns, *turn_of_tile, *turn_of_queries, *row, *logits;
+    int64_t token_of_queries = -TILE - 1, turned_on = 0;  // none yet
     View view;
     Order order_of_keys, order_of_values, order_of_extension;
     char* products;
@@ -143,6 +144,8 @@ struct Attention {
         scale = shelf.take<float>(key_dim);
         turning_scale = shelf.take<float>(turned_dim);
         turns = shelf.take<float>((call.table.is_steady ? TILE / 2 + 1 : 1) * turned_dim);
+        turn_of_tile = shelf.take<float>(turned_dim);
+        turn_of_queries = shelf.take<float>(turned_dim);
         row = shelf.take<float>(8 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
         logits = shelf.take<float>(rows * TILE);
         view = {shelf.take<uint8_t>(call.queries * TILE), shelf.take<uint8_t>(TILE)};
@@ -244,43 +247,58 @@ struct Attention {
         widen_row(table.kind, table.sine + table_place(token), table.pairs, sine);
     }
 
-    void ask_for_table_row(int64_t token) const {
-        const int64_t bytes = call.table.pairs * static_cast<int64_t>(bytes_of(call.table.kind));
-        for (const char* from : {call.table.cosine, call.table.sine})
-            for (int64_t byte = 0; byte < bytes; byte += 64) ask_now(from + table_place(token) + byte);
-    }
-
     // Row i turns by as much as row i of the table does more than its first: so much more, or less, does the key turn that is i places after, or before,
-    // another. Each thread makes it once for a call.
+    // another. The last row is that of a whole tile. Each thread makes them once for a call.
     void make_relative() {
         if (kept->serial == call.serial && (kept->sequence == sequence || call.table.batch_stride == 0)) return;
-        const int64_t n = call.table.pairs;
-        float *first_cosine = row, *first_sine = row + n, *cosine = first_sine + n, *sine = cosine + n;
+        float *first_cosine = row, *first_sine = row + call.table.pairs, *cosine = first_sine + call.table.pairs, *sine = cosine + call.table.pairs;
         table_row(0, first_cosine, first_sine);
-        for (int64_t k = 0; k < call.keys && k <= TILE / 2; ++k) {
-            table_row(k, cosine, sine);
-            for (int64_t i = 0; i < n; ++i) {
+        const auto relative = [&](int64_t token, float* to) {
+            if (token >= call.keys) return;
+            table_row(token, cosine, sine);
+            for (int64_t i = 0; i < call.table.pairs; ++i) {
                 const float c = cosine[i], s = sine[i], c0 = first_cosine[i], s0 = first_sine[i], square = c0 * c0 + s0 * s0;
                 cosine[i] = (c * c0 + s * s0) / square;
                 sine[i] = (s * c0 - c * s0) / square;
             }
-            make_turn(cosine, sine, turns + k * turned_dim);
+            arrange(cosine, sine, to);
+        };
+        for (int64_t k = 0; k <= TILE / 2; ++k) {
+            relative(k, turns + k * turned_dim);
+            enlarge(turns + k * turned_dim);
         }
+        relative(tile_tokens, turn_of_tile);
         *kept = {call.serial, sequence};
     }
 
     void make_turn(const float* cosine, const float* sine, float* to) const {
         arrange(cosine, sine, to);
-        for (int64_t i = 0; i < turned_dim; ++i) to[i] *= Products::BEFORE_CUT;
+        enlarge(to);
     }
 
-    // q . R(token) R(more) k = R(token)^T q . R(more) k: the queries are turned back once for a tile, and all tiles turn by the same few rows.
+    void enlarge(float* turn) const {
+        for (int64_t i = 0; i < turned_dim; ++i) turn[i] *= Products::BEFORE_CUT;
+    }
+
+    // q . R(token) R(more) k = R(token)^T q . R(more) k: the queries are turned back once for a tile, and all tiles turn by the same few rows. A row of the table has
+    // to be waited for: for most tiles R(token) is turned on from the tile before, as often as rounding allows.
     void turn_queries_back(int64_t token) {
+        constexpr int64_t MOST_TURNED_ON = 7;
         const int64_t wide = turned_dim / 2;
-        float *read = row, *cosine = row + turned_dim, *sine = cosine + wide;
-        table_row(token, read, read + wide);
-        if (token + TILE < call.keys) ask_for_table_row(token + TILE);
-        make_turn(read, read + wide, cosine);
+        float *cosine = turn_of_queries, *sine = cosine + wide;
+        if (token == token_of_queries + tile_tokens && turned_on < MOST_TURNED_ON) {
+            ++turned_on;
+            for (int64_t i = 0; i < wide; i += W) {
+                const Floats c = load(cosine + i), s = load(sine + i), more_c = load(turn_of_tile + i), more_s = load(turn_of_tile + wide + i);
+                store(cosine + i, c * more_c - s * more_s);
+                store(sine + i, s * more_c + c * more_s);
+            }
+        } else {
+            turned_on = 0;
+            table_row(token, row, row + wide);
+            make_turn(row, row + wide, turn_of_queries);
+        }
+        token_of_queries = token;
         const auto turned_back = [&](int64_t r, int64_t i) {
             const auto [x, y] = pairs_to_turn(r, i);
             const Floats c = load(cosine + i), s = load(sine + i);
