@@ -107,12 +107,12 @@ struct Attention {
     const Call& call;
     const int64_t sequence, head;
     const int64_t rows, key_dim, value_dim, turned_dim, extension_dim, raw_dim;
-    const int64_t tile_tokens;
+    const int64_t tile_tokens, strip_tokens;  // of a strip: keys that turn together
     const bool does_turn, has_still;
     Shelf shelf;
     Kept* kept;
     Number *still_query, *turned_query, *extension_query, *raw, *values, *turned, *extension;
-    float *turning, *made, *scale, *turning_scale, *turns, *turn_of_tile, *turn_of_queries, *row, *logits;
+    float *turning, *made, *scale, *turning_scale, *turns, *turn_of_strip, *turn_of_queries, *row, *logits;
     int64_t token_of_queries = -TILE - 1, turned_on = 0;  // none yet
     View view;
     Order order_of_keys, order_of_values, order_of_extension;
@@ -126,10 +126,17 @@ struct Attention {
         return call.pages && call.page_tokens < most ? call.page_tokens : most;
     }
 
+    // What has turned, and the rows by which, are to stay in the first level of caches beside the tile.
+    static int64_t tokens_of_strip(int64_t tokens, int64_t dim) {
+        const int64_t most = dim * static_cast<int64_t>(sizeof(Number)) > 128 ? TILE / 2 : TILE;
+        return tokens < most ? tokens : most;
+    }
+
     Attention(const Call& c, int64_t s, int64_t h, char* memory)
         : call(c), sequence(s), head(h), rows(c.rows()), key_dim(padded(c.key_dim)), value_dim(padded(c.value_dim)),
           turned_dim(2 * up(c.table.pairs, Products::PAIRS)), extension_dim(padded(c.extension_dim)),
-          raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), tile_tokens(tokens_of_tile(c, raw_dim)), does_turn(c.table.pairs > 0),
+          raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), tile_tokens(tokens_of_tile(c, raw_dim)),
+          strip_tokens(tokens_of_strip(tile_tokens, turned_dim)), does_turn(c.table.pairs > 0),
           has_still(2 * c.table.pairs < c.key_dim), shelf{memory} {
         kept = shelf.take<Kept>(1);
         still_query = shelf.take<Number>(Products::packed_numbers(rows, key_dim));
@@ -137,14 +144,14 @@ struct Attention {
         extension_query = shelf.take<Number>(Products::packed_numbers(rows, extension_dim));
         raw = shelf.take<Number>(TILE * raw_dim);
         values = shelf.take<Number>(c.shares_value ? 0 : TILE * value_dim);
-        turned = shelf.take<Number>(TILE * turned_dim);
+        turned = shelf.take<Number>(up(strip_tokens, Products::KEYS) * turned_dim);
         extension = shelf.take<Number>(TILE * extension_dim);
         turning = shelf.take<float>(rows * turned_dim);
         made = shelf.take<float>(rows * (key_dim + extension_dim));
         scale = shelf.take<float>(key_dim);
         turning_scale = shelf.take<float>(turned_dim);
-        turns = shelf.take<float>((call.table.is_steady ? TILE / 2 + 1 : 1) * turned_dim);
-        turn_of_tile = shelf.take<float>(turned_dim);
+        turns = shelf.take<float>((c.table.is_steady ? strip_tokens / 2 + 1 : 1) * turned_dim);
+        turn_of_strip = shelf.take<float>(turned_dim);
         turn_of_queries = shelf.take<float>(turned_dim);
         row = shelf.take<float>(8 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
         logits = shelf.take<float>(rows * TILE);
@@ -248,7 +255,7 @@ struct Attention {
     }
 
     // Row i turns by as much as row i of the table does more than its first: so much more, or less, does the key turn that is i places after, or before,
-    // another. The last row is that of a whole tile. Each thread makes them once for a call.
+    // another. One more row is that of a whole strip. Each thread makes them once for a call.
     void make_relative() {
         if (kept->serial == call.serial && (kept->sequence == sequence || call.table.batch_stride == 0)) return;
         float *first_cosine = row, *first_sine = row + call.table.pairs, *cosine = first_sine + call.table.pairs, *sine = cosine + call.table.pairs;
@@ -263,11 +270,11 @@ struct Attention {
             }
             arrange(cosine, sine, to);
         };
-        for (int64_t k = 0; k <= TILE / 2; ++k) {
+        for (int64_t k = 0; k <= strip_tokens / 2; ++k) {
             relative(k, turns + k * turned_dim);
             enlarge(turns + k * turned_dim);
         }
-        relative(tile_tokens, turn_of_tile);
+        relative(strip_tokens, turn_of_strip);
         *kept = {call.serial, sequence};
     }
 
@@ -280,16 +287,16 @@ struct Attention {
         for (int64_t i = 0; i < turned_dim; ++i) turn[i] *= Products::BEFORE_CUT;
     }
 
-    // q . R(token) R(more) k = R(token)^T q . R(more) k: the queries are turned back once for a tile, and all tiles turn by the same few rows. A row of the table has
-    // to be waited for: for most tiles R(token) is turned on from the tile before, as often as rounding allows.
+    // q . R(token) R(more) k = R(token)^T q . R(more) k: the queries are turned back once for a strip, and all strips turn by the same few rows. A row of the table has
+    // to be waited for: for most strips R(token) is turned on from the strip before, as often as rounding allows.
     void turn_queries_back(int64_t token) {
         constexpr int64_t MOST_TURNED_ON = 7;
         const int64_t wide = turned_dim / 2;
         float *cosine = turn_of_queries, *sine = cosine + wide;
-        if (token == token_of_queries + tile_tokens && turned_on < MOST_TURNED_ON) {
+        if (token == token_of_queries + strip_tokens && turned_on < MOST_TURNED_ON) {
             ++turned_on;
             for (int64_t i = 0; i < wide; i += W) {
-                const Floats c = load(cosine + i), s = load(sine + i), more_c = load(turn_of_tile + i), more_s = load(turn_of_tile + wide + i);
+                const Floats c = load(cosine + i), s = load(sine + i), more_c = load(turn_of_strip + i), more_s = load(turn_of_strip + wide + i);
                 store(cosine + i, c * more_c - s * more_s);
                 store(sine + i, s * more_c + c * more_s);
             }
@@ -390,10 +397,14 @@ struct Attention {
         const Factors<Number> still{still_query, keys.data, has_still ? key_dim : 0, keys.stride};
         if constexpr (Products::TURNS) {
             if (does_turn) {
-                const int64_t middle = count / 2;
-                if (call.table.is_steady) turn_queries_back(first + middle);
-                turn(keys, first, middle, count, full, ahead);
-                return Products::logits({still, {turned_query, turned, turned_dim, turned_dim}}, rows, full, logits, products, ahead);
+                for (int64_t at = 0; at < count; at += strip_tokens) {
+                    const int64_t now = count - at < strip_tokens ? count - at : strip_tokens, filled = up(now, Products::KEYS);
+                    const Tile strip{keys.data + at * keys.stride, keys.stride};
+                    if (call.table.is_steady) turn_queries_back(first + at + now / 2);
+                    turn(strip, first + at, now / 2, now, filled, ahead);
+                    Products::logits({Factors<Number>{still.query, strip.data, still.dim, still.stride}, {turned_query, turned, turned_dim, turned_dim}}, rows, filled, logits + at, products, ahead);
+                }
+                return;
             }
         }
         Products::logits({still, {}}, rows, full, logits, products, ahead);

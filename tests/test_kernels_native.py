@@ -284,6 +284,15 @@ def test_long_texts_are_put_together_of_parts(level: str, keys: int):
     check(replace(inputs, query=torch.zeros_like(inputs.query), key=rising, value=rising), level)
 
 
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_keys_turn_far_into_a_text(level: str, head_dim: int):
+    # Logits so large that a few keys have all the weight: which they are depends on all of the turns before them.
+    inputs = replace(small(torch.float32, batch=1, keys=20_001, head_dim=head_dim), scale=0.3)
+    rotation = Draw(1).rotation(20_001, head_dim, head_dim // 2, is_steady=True, dtype=torch.float32)
+    check(replace(inputs, key_rotation=rotation), level)
+
+
 @pytest.mark.parametrize("keys", [70, 5000, 40_000])
 def test_other_texts_change_no_bit(keys: int):
     inputs = small(keys=keys)
