@@ -17,7 +17,7 @@ constexpr int64_t BYTES_WORTH_THREADS = 1 << 17;  // below this one thread is do
 // How many keys a thread looks at before it takes other work. It waits for the first of them, so they are many where there are enough for many threads. The
 // number follows from the keys alone: neither other sequences nor threads change a bit of the result.
 int64_t keys_of_chunk(int64_t keys) {
-    constexpr int64_t LEAST = 16 * TILE, MOST = 64 * TILE, SHARES = 16;
+    constexpr int64_t LEAST = 8 * TILE, MOST = 32 * TILE, SHARES = 16;
     const int64_t share = keys / SHARES / TILE * TILE;
     return share < LEAST ? LEAST : share > MOST ? MOST : share;
 }

@@ -83,7 +83,7 @@ struct WovenTurns {
         const auto [keys, stride, distance, pairs, turns, scale] = turning;
         const int64_t wide = up(pairs, PAIRS);
         for (int64_t k = 0; k <= middle; ++k) {
-            ahead.go(2);
+            ahead.go(pairs / 4);  // less than it takes: keys come from the second level meanwhile
             const bool is_forth = middle + k < count, is_back = k > 0;
             const uint16_t *forth = keys + (middle + k) * stride, *back = keys + (middle - k) * stride;
             uint16_t *to_forth = to + (middle + k) * 2 * wide, *to_back = to + (middle - k) * 2 * wide;
@@ -162,7 +162,7 @@ struct DotProducts : WovenTurns {
             int64_t key = 0;
             for (; key + K <= count; key += K) {
                 block<R, K>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
-                ahead.go(2 * K);
+                ahead.go(R * K * dim / 32);
             }
             for (; key < count; ++key) block<R, 1>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
         });
@@ -176,11 +176,8 @@ struct DotProducts : WovenTurns {
             const uint16_t* weight = narrow_weights + row * twofold::TILE;
             float* to = out + row * out_stride;
             int64_t i = 0;
-            for (; i + C * 32 <= dim; i += C * 32) {
-                columns<R, C>(weight, values + i, stride, count, to + i, out_stride);
-                ahead.go(count);
-            }
-            for (; i < dim; i += 32) columns<R, 1>(weight, values + i, stride, count, to + i, out_stride);
+            for (; i + C * 32 <= dim; i += C * 32) columns<R, C>(weight, values + i, stride, count, to + i, out_stride, ahead);
+            for (; i < dim; i += 32) columns<R, 1>(weight, values + i, stride, count, to + i, out_stride, ahead);
         });
     }
 
@@ -201,7 +198,7 @@ struct DotProducts : WovenTurns {
     }
 
     template <int R, int C>
-    static void columns(const uint16_t* weights, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride) {
+    static void columns(const uint16_t* weights, const uint16_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, Ahead& ahead) {
         __m512 found[R * 2 * C];
         for (auto& x : found) x = _mm512_setzero_ps();
         for (int64_t key = 0; key < count; key += 2) {
@@ -222,6 +219,7 @@ struct DotProducts : WovenTurns {
         }
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) add_woven(out + r * out_stride + c * 32, found[r * 2 * C + 2 * c], found[r * 2 * C + 2 * c + 1]);
+        ahead.go(R * C * count);
     }
 };
 
@@ -276,7 +274,10 @@ struct TileProducts : Tiles, WovenTurns {
             for (; key + 64 <= count; key += 64) products<4>(factors, block, key, found + key * SIDE, ahead);
             for (; key < count; key += 32) products<2>(factors, block, key, found + key * SIDE, ahead);
             for (int64_t r = block * SIDE; r < rows && r < (block + 1) * SIDE; r += 4)
-                for (key = 0; key < count; key += 16) add_logits(found + key * SIDE + r % SIDE, rows - r, out + r * twofold::TILE + key);
+                for (key = 0; key < count; key += 16) {
+                    add_logits(found + key * SIDE + r % SIDE, rows - r, out + r * twofold::TILE + key);
+                    ahead.go(22);
+                }
         }
     }
 
@@ -291,6 +292,7 @@ struct TileProducts : Tiles, WovenTurns {
                 _mm512_storeu_si512(to, weight);
                 _mm512_storeu_si512(to + ROWS * 2 * SIDE, _mm512_slli_epi32(weight, 16));
             }
+            ahead.go(count / 4);
         }
         for (int64_t row = 0; row < rows; row += ROWS, left += LEFT, out += ROWS * out_stride) {
             const int64_t now = rows - row < ROWS ? rows - row : ROWS;
@@ -331,13 +333,14 @@ struct TileProducts : Tiles, WovenTurns {
                     _tile_dpbf16ps(2, 4, 6);
                     _tile_dpbf16ps(3, 5, 6);
                 }
-                ahead.go(4 * Blocks);
+                ahead.go(20 * Blocks);
             }
         }
         _tile_stored(0, found, 64);
         _tile_stored(1, found + SIDE * SIDE, 64);
         if constexpr (Blocks == 4) _tile_stored(2, found + 2 * SIDE * SIDE, 64);
         if constexpr (Blocks == 4) _tile_stored(3, found + 3 * SIDE * SIDE, 64);
+        ahead.go(16 * Blocks);
     }
 
     // Up to eight queries and one, two or four times 32 dimensions.
@@ -362,7 +365,7 @@ struct TileProducts : Tiles, WovenTurns {
                 _tile_loadd(7, values + 96, stride * 2);
                 _tile_dpbf16ps(3, 4, 7);
             }
-            ahead.go(8 * Blocks);
+            ahead.go(20 * Blocks);
         }
         _tile_stored(0, whole[0], 64);
         if constexpr (Blocks > 1) _tile_stored(1, whole[1], 64);
@@ -370,6 +373,7 @@ struct TileProducts : Tiles, WovenTurns {
         if constexpr (Blocks > 2) _tile_stored(3, whole[3], 64);
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t b = 0; b < Blocks; ++b) add_pairs(out + r * out_stride + b * 32, load(whole[b] + r * SIDE), load(whole[b] + (r + ROWS) * SIDE));
+        ahead.go((16 + 4 * rows) * Blocks);
     }
 
     // Adds to 32 numbers those of even and those of odd places.

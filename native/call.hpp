@@ -78,7 +78,7 @@ struct Level {
     void (*attend)(const Call&, int64_t sequence, int64_t kv_head, int64_t first, int64_t last, char* scratch, Part part);
 };
 
-constexpr int64_t TILE = 64;     // keys that are looked at together
+constexpr int64_t TILE = 128;    // keys that are looked at together, at most
 constexpr int64_t PADDING = 64;  // a row of sums has a whole number of these, at every level
 
 }  // namespace twofold

@@ -15,7 +15,7 @@ struct CodeProducts : Tiles {
     using Number = int8_t;
     static constexpr int STEP = 64;
     static constexpr int KEYS = 16;
-    static constexpr int64_t ROWS = SIDE / 2, PIECE = SIDE * 64;  // rows in two digits that fill a tile; bytes of one
+    static constexpr int64_t ROWS = SIDE / 2, PIECE = SIDE * 64, BLOCKS = twofold::TILE / 64;  // rows in two digits that fill a tile; bytes of one; how many times 64 keys
 
     static constexpr bool TURNS = false;  // a code that has turned is none
     static constexpr int PAIRS = 1;
@@ -46,7 +46,7 @@ struct CodeProducts : Tiles {
     }
 
     static size_t scratch_bytes(int64_t rows, int64_t) {
-        const int64_t sums_of_logits = twofold::TILE * SIDE * 4, woven = 4 * PIECE, weights = blocks(rows) * PIECE, units = blocks(rows) * ROWS * 4;
+        const int64_t sums_of_logits = twofold::TILE * SIDE * 4, woven = BLOCKS * 4 * PIECE, weights = BLOCKS * blocks(rows) * PIECE, units = blocks(rows) * ROWS * 4;
         return static_cast<size_t>(sums_of_logits + woven + weights + units);
     }
 
@@ -60,28 +60,35 @@ struct CodeProducts : Tiles {
             for (; key < count; key += 16) products<1>(query + 64, dim, keys + key * stride, stride, found + key * SIDE, ahead);
             const int64_t in_block = rows - first < ROWS ? rows - first : ROWS;
             for (int64_t r = 0; r < in_block; r += 4)
-                for (key = 0; key < count; key += 16)
+                for (key = 0; key < count; key += 16) {
                     add_logits(found + key * SIDE + 2 * r, reinterpret_cast<const float*>(query) + r, in_block - r, out + (first + r) * twofold::TILE + key);
+                    ahead.go(25);
+                }
         }
     }
 
     // out[row * out_stride + i] += weights[row * TILE + key] * values[key][i]; 64 columns at a time.
     static void sums(const float* weights, int64_t rows, int64_t dim, const int8_t* values, int64_t stride, int64_t count, float* out, int64_t out_stride, char* scratch, Ahead& ahead) {
-        int8_t* woven = reinterpret_cast<int8_t*>(scratch) + twofold::TILE * SIDE * 4;  // [4, 16 times four keys, 16 dimensions, 4]
-        int8_t* left = woven + 4 * PIECE;                                              // [blocks, 16, TILE]: the high digits of 8 rows, and the low ones
-        float* units = reinterpret_cast<float*>(left + blocks(rows) * PIECE);
+        int8_t* woven = reinterpret_cast<int8_t*>(scratch) + twofold::TILE * SIDE * 4;  // [keys / 64, 4, 16 times four keys, 16 dimensions, 4]
+        int8_t* left = woven + BLOCKS * 4 * PIECE;                                     // [blocks of 8 rows, keys / 64, 16, 64]: the high digits of the rows, and the low ones
+        float* units = reinterpret_cast<float*>(left + BLOCKS * blocks(rows) * PIECE);
+        const int64_t full = up(count, 64);
         for (int64_t r = 0; r < rows; ++r) {
             const float* from = weights + r * twofold::TILE;
-            const Row row = row_of(from, twofold::TILE);
-            int8_t* to = left + r / ROWS * PIECE + r % ROWS * twofold::TILE;
+            const Row row = row_of(from, full);
+            int8_t* to = left + r / ROWS * BLOCKS * PIECE + r % ROWS * 64;
             units[r] = row.unit;
-            for (int64_t key = 0; key < twofold::TILE; key += 16) row.split(from + key, to + key, to + ROWS * twofold::TILE + key);
+            for (int64_t key = 0; key < full; key += 16) {
+                int8_t* place = to + key / 64 * PIECE + key % 64;
+                row.split(from + key, place, place + ROWS * 64);
+            }
+            ahead.go(full * 3 / 8);
         }
         for (int64_t i = 0; i < dim; i += 64) {
-            weave(values + i, stride, count, woven, ahead);
+            for (int64_t key = 0; key < count; key += 64) weave(values + key * stride + i, stride, count - key < 64 ? count - key : 64, woven + key / 64 * 4 * PIECE, ahead);
             for (int64_t first = 0; first < rows; first += ROWS)
-                add_columns(left + first / ROWS * PIECE, woven, units + first, rows - first, out + first * out_stride + i, out_stride);
-            ahead.go(16);
+                add_columns(left + first / ROWS * BLOCKS * PIECE, woven, full / 64, units + first, rows - first, out + first * out_stride + i, out_stride);
+            ahead.go(128 + 30 * rows);
         }
     }
 
@@ -135,7 +142,7 @@ struct CodeProducts : Tiles {
                 _tile_loadd(5, keys + 3 * step + i, stride);
                 _tile_dpbssd(3, 5, 6);
             }
-            ahead.go(4 * Blocks);
+            ahead.go(20 * Blocks);
         }
         _tile_stored(0, found, 64);
         if constexpr (Blocks == 4) _tile_stored(1, found + SIDE * SIDE, 64);
@@ -161,26 +168,28 @@ struct CodeProducts : Tiles {
             _mm512_storeu_si512(to + PIECE, _mm512_unpackhi_epi16(ab, cd));
             _mm512_storeu_si512(to + 2 * PIECE, _mm512_unpacklo_epi16(more_ab, more_cd));
             _mm512_storeu_si512(to + 3 * PIECE, _mm512_unpackhi_epi16(more_ab, more_cd));
-            ahead.go(2);
+            ahead.go(10);
         }
     }
 
-    // 8 rows of weights in 16 and 64 dimensions.
-    static void add_columns(const int8_t* left, const int8_t* woven, const float* units, int64_t rows, float* out, int64_t out_stride) {
+    // 8 rows of weights and 64 dimensions, of `blocks` times 64 keys.
+    static void add_columns(const int8_t* left, const int8_t* woven, int64_t blocks, const float* units, int64_t rows, float* out, int64_t out_stride) {
         alignas(64) int32_t whole[4][SIDE][SIDE];
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        _tile_loadd(4, left, twofold::TILE);
-        _tile_loadd(6, woven, 64);
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, woven + PIECE, 64);
-        _tile_dpbssd(1, 4, 7);
-        _tile_loadd(6, woven + 2 * PIECE, 64);
-        _tile_dpbssd(2, 4, 6);
-        _tile_loadd(7, woven + 3 * PIECE, 64);
-        _tile_dpbssd(3, 4, 7);
+        for (int64_t block = 0; block < blocks; ++block, left += PIECE, woven += 4 * PIECE) {
+            _tile_loadd(4, left, 64);
+            _tile_loadd(6, woven, 64);
+            _tile_dpbssd(0, 4, 6);
+            _tile_loadd(7, woven + PIECE, 64);
+            _tile_dpbssd(1, 4, 7);
+            _tile_loadd(6, woven + 2 * PIECE, 64);
+            _tile_dpbssd(2, 4, 6);
+            _tile_loadd(7, woven + 3 * PIECE, 64);
+            _tile_dpbssd(3, 4, 7);
+        }
         _tile_stored(0, whole[0], 64);
         _tile_stored(1, whole[1], 64);
         _tile_stored(2, whole[2], 64);

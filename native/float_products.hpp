@@ -97,7 +97,7 @@ struct FloatProducts {
         const auto [keys, stride, distance, pairs, turns, scale] = turning;
         const int64_t wide = up(pairs, W);
         for (int64_t k = 0; k <= middle; ++k) {
-            ahead.go(2);
+            ahead.go(pairs * 4 / W);
             for (int64_t i = 0; i < pairs; i += W) {
                 const Floats c = load(turns + k * 2 * wide + i), s = load(turns + (2 * k + 1) * wide + i);
                 const auto turn_one = [&](int64_t key, Floats sine) {
@@ -126,7 +126,7 @@ struct FloatProducts {
             int64_t key = 0;
             for (; key + K <= count; key += K) {
                 block<R, K>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
-                ahead.go(2 * K);
+                ahead.go(R * K * dim / W / 2);
             }
             for (; key < count; ++key) block<R, 1>(query + row * dim, dim, keys + key * stride, stride, out + row * twofold::TILE + key);
         });
@@ -139,12 +139,9 @@ struct FloatProducts {
             const float* weight = weights + row * twofold::TILE;
             float* to = out + row * out_stride;
             int64_t i = 0;
-            for (; i + C * W <= dim; i += C * W) {
-                columns<R, C>(weight, values + i, stride, count, to + i, out_stride);
-                ahead.go(count);
-            }
-            for (; i + 2 * W <= dim; i += 2 * W) columns<R, 2>(weight, values + i, stride, count, to + i, out_stride);
-            for (; i < dim; i += W) columns<R, 1>(weight, values + i, stride, count, to + i, out_stride);
+            for (; i + C * W <= dim; i += C * W) columns<R, C>(weight, values + i, stride, count, to + i, out_stride, ahead);
+            for (; i + 2 * W <= dim; i += 2 * W) columns<R, 2>(weight, values + i, stride, count, to + i, out_stride, ahead);
+            for (; i < dim; i += W) columns<R, 1>(weight, values + i, stride, count, to + i, out_stride, ahead);
         });
     }
 
@@ -164,7 +161,7 @@ struct FloatProducts {
     }
 
     template <int R, int C>
-    static void columns(const float* weights, const float* values, int64_t stride, int64_t count, float* out, int64_t out_stride) {
+    static void columns(const float* weights, const float* values, int64_t stride, int64_t count, float* out, int64_t out_stride, Ahead& ahead) {
         Floats found[R * C] = {};  // a tile's sums by themselves: added one by one to those of all keys they would lose more
         for (int64_t key = 0; key < count; ++key) {
             Floats value[C];
@@ -176,6 +173,7 @@ struct FloatProducts {
         }
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < C; ++c) store(out + r * out_stride + c * W, load(out + r * out_stride + c * W) + found[r * C + c]);
+        ahead.go(count * (R * C < 6 ? 3 : R * C / 2));  // sums that are few wait for each other
     }
 };
 

@@ -69,34 +69,32 @@ inline const char* row_of(const Call& call, const Rows& rows, int64_t sequence, 
 // with each page; asked for page by page a tile takes longer to come.
 class Order {
    public:
-    Order() = default;
-    Order(const Rows& rows, int64_t dim, int64_t tokens, Shelf& shelf) : bytes_(dim * size(rows)), step_(rows.row_stride * size(rows)), tokens_(tokens) {
-        places_ = shelf.take<int32_t>(tokens * (up(bytes_, LINE) / LINE) + PIECE / LINE);
-    }
+    Order(const Rows& rows, int64_t dim, int64_t tokens)
+        : bytes_(dim * static_cast<int64_t>(bytes_of(rows.kind))), step_(rows.row_stride * static_cast<int64_t>(bytes_of(rows.kind))), tokens_(tokens) {}
 
-    void make() {
+    int64_t most_lines() const { return tokens_ * (up(bytes_, LINE) / LINE) + PIECE / LINE; }
+
+    // How many lines a tile has, and their places.
+    int64_t make(int32_t* places) const {
         const bool is_whole = step_ == bytes_;
         const int64_t piece = is_whole ? PIECE : bytes_, step = is_whole ? PIECE : step_, pieces = is_whole ? up(tokens_ * bytes_, PIECE) / PIECE : tokens_;
-        if (pieces * step > INT32_MAX) return;
+        if (pieces * step > INT32_MAX) return 0;
         const int64_t pages = pieces * step / PAGE, of_one = pages < 1 ? pieces : pages < pieces ? (pieces + pages - 1) / pages : 1;
+        int64_t lines = 0;
         for (int64_t first = 0; first < of_one; ++first)
             for (int64_t at = first; at < pieces; at += of_one)
-                for (int64_t byte = 0; byte < piece; byte += LINE) places_[lines_++] = static_cast<int32_t>(at * step + byte);
+                for (int64_t byte = 0; byte < piece; byte += LINE) places[lines++] = static_cast<int32_t>(at * step + byte);
+        return lines;
     }
 
-    Ahead of(const char* tile) const { return {tile, places_, places_ + lines_}; }
-
     // Where a page lies takes long to find out, and holds up the lines that are asked for behind: here a core finds several at once, during the products.
-    void find_pages(const char* tile, int64_t tokens) const {
-        for (int64_t at = 0; at < tokens * step_; at += PAGE) ask_soon(tile + at);
+    static void find_pages(const char* tile, int64_t bytes) {
+        for (int64_t at = 0; at < bytes; at += PAGE) ask_soon(tile + at);
     }
 
    private:
     static constexpr int64_t LINE = 64, PIECE = 256, PAGE = 4096;
-    static int64_t size(const Rows& rows) { return static_cast<int64_t>(bytes_of(rows.kind)); }
-
-    int64_t bytes_ = 0, step_ = 0, tokens_ = 0, lines_ = 0;
-    int32_t* places_ = nullptr;
+    int64_t bytes_, step_, tokens_;
 };
 
 template <class Products>
@@ -115,27 +113,28 @@ struct Attention {
     float *turning, *made, *scale, *turning_scale, *turns, *turn_of_strip, *turn_of_queries, *row, *logits;
     int64_t token_of_queries = -TILE - 1, turned_on = 0;  // none yet
     View view;
-    Order order_of_keys, order_of_values, order_of_extension;
+    int32_t *places, *places_of_values, *places_of_extension;
+    Ahead of_keys, of_values, of_extension;
     char* products;
 
     static int64_t padded(int64_t dim) { return up(dim, Products::STEP); }
 
-    // A tile that the first level of caches does not hold would come from the second one twice.
-    static int64_t tokens_of_tile(const Call& call, int64_t dim) {
-        const int64_t most = dim * static_cast<int64_t>(sizeof(Number)) > 512 ? TILE / 2 : TILE;
+    // A tile that the first level of caches does not hold, beside what has turned, would come from the second one twice.
+    static int64_t tokens_of_tile(const Call& call, int64_t dim, int64_t turned_dim) {
+        const int64_t size = static_cast<int64_t>(sizeof(Number)), most = dim * size > 512 ? TILE / 4 : dim * size > 128 || turned_dim * size > 64 ? TILE / 2 : TILE;
         return call.pages && call.page_tokens < most ? call.page_tokens : most;
     }
 
     // What has turned, and the rows by which, are to stay in the first level of caches beside the tile.
     static int64_t tokens_of_strip(int64_t tokens, int64_t dim) {
-        const int64_t most = dim * static_cast<int64_t>(sizeof(Number)) > 128 ? TILE / 2 : TILE;
+        const int64_t most = dim * static_cast<int64_t>(sizeof(Number)) > 128 ? TILE / 4 : TILE / 2;
         return tokens < most ? tokens : most;
     }
 
     Attention(const Call& c, int64_t s, int64_t h, char* memory)
         : call(c), sequence(s), head(h), rows(c.rows()), key_dim(padded(c.key_dim)), value_dim(padded(c.value_dim)),
           turned_dim(2 * up(c.table.pairs, Products::PAIRS)), extension_dim(padded(c.extension_dim)),
-          raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), tile_tokens(tokens_of_tile(c, raw_dim)),
+          raw_dim(c.shares_value && value_dim > key_dim ? value_dim : key_dim), tile_tokens(tokens_of_tile(c, raw_dim, turned_dim)),
           strip_tokens(tokens_of_strip(tile_tokens, turned_dim)), does_turn(c.table.pairs > 0),
           has_still(2 * c.table.pairs < c.key_dim), shelf{memory} {
         kept = shelf.take<Kept>(1);
@@ -156,9 +155,9 @@ struct Attention {
         row = shelf.take<float>(8 * W + raw_dim + value_dim + 3 * turned_dim + extension_dim);
         logits = shelf.take<float>(rows * TILE);
         view = {shelf.take<uint8_t>(call.queries * TILE), shelf.take<uint8_t>(TILE)};
-        order_of_keys = Order(c.key, c.shares_value ? shared_dim() : c.key_dim, tile_tokens, shelf);
-        if (!c.shares_value) order_of_values = Order(c.value, c.value_dim, tile_tokens, shelf);
-        if (c.extension_dim) order_of_extension = Order(c.extension, c.extension_dim, tile_tokens, shelf);
+        places = shelf.take<int32_t>(order_of(c.key, dim_to_read()).most_lines());
+        places_of_values = shelf.take<int32_t>(c.shares_value ? 0 : order_of(c.value, c.value_dim).most_lines());
+        places_of_extension = shelf.take<int32_t>(c.extension_dim ? order_of(c.extension, c.extension_dim).most_lines() : 0);
         products = shelf.take<char>(static_cast<int64_t>(Products::scratch_bytes(rows, value_dim > key_dim ? value_dim : key_dim)));
     }
 
@@ -175,7 +174,7 @@ struct Attention {
             if (!is_ready) {
                 Products::start();
                 pack_queries();
-                for (Order* order : {&order_of_keys, &order_of_values, &order_of_extension}) order->make();
+                look_ahead();
                 is_ready = true;
             }
             look_at(begin, count, sight == Sight::some, part, stride);
@@ -188,7 +187,16 @@ struct Attention {
     }
 
    private:
-    int64_t shared_dim() const { return call.value_dim > call.key_dim ? call.value_dim : call.key_dim; }
+    // Of a row of keys.
+    int64_t dim_to_read() const { return call.shares_value && call.value_dim > call.key_dim ? call.value_dim : call.key_dim; }
+
+    Order order_of(const Rows& rows_of, int64_t dim) const { return {rows_of, dim, tile_tokens}; }
+
+    void look_ahead() {
+        of_keys = {places, order_of(call.key, dim_to_read()).make(places)};
+        if (!call.shares_value) of_values = {places_of_values, order_of(call.value, call.value_dim).make(places_of_values)};
+        if (call.extension_dim) of_extension = {places_of_extension, order_of(call.extension, call.extension_dim).make(places_of_extension)};
+    }
 
     const float* channels(const Scales& scales) const {
         return scales.of_channels ? scales.of_channels + sequence * scales.batch_stride + head * scales.head_stride : nullptr;
@@ -320,11 +328,11 @@ struct Attention {
     };
 
     // Rows [first, first + count) of a head, `count` filled up to `full`: where they lie, if they lie as the products want them, or a copy.
-    Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to, const Order& order, Ahead& ahead) {
+    Tile take(const Rows& rows_of, int64_t kv_head, int64_t dim, int64_t wide, int64_t first, int64_t count, int64_t full, bool some, Number* to, Ahead& ahead) {
         const char* from = row_of(call, rows_of, sequence, kv_head, first);
         const int64_t size = static_cast<int64_t>(bytes_of(rows_of.kind)), step = rows_of.row_stride * size;
-        if (first + count < call.keys) ahead = order.of(row_of(call, rows_of, sequence, kv_head, first + count));
-        if (first + 2 * count < call.keys) order.find_pages(row_of(call, rows_of, sequence, kv_head, first + 2 * count), count);
+        if (first + count < call.keys) ahead.begin(row_of(call, rows_of, sequence, kv_head, first + count));
+        if (first + 2 * count < call.keys) Order::find_pages(row_of(call, rows_of, sequence, kv_head, first + 2 * count), count * step);
         if (rows_of.kind == OWN && dim == wide && count == full && !some) return {reinterpret_cast<const Number*>(from), rows_of.row_stride};
         for (int64_t k = 0; k < full; ++k, from += step) {
             Number* target = to + k * wide;
@@ -375,22 +383,21 @@ struct Attention {
 
     void look_at(int64_t first, int64_t count, bool some, Part part, int64_t stride) {
         const int64_t full = up(count, Products::KEYS);
-        Ahead of_keys, of_values, of_others;
-        const Tile keys = call.shares_value ? take(call.key, head, shared_dim(), raw_dim, first, count, full, some, raw, order_of_keys, of_keys)
-                                            : take(call.key, head, call.key_dim, key_dim, first, count, full, some, raw, order_of_keys, of_keys);
+        const Tile keys = take(call.key, head, dim_to_read(), raw_dim, first, count, full, some, raw, of_keys);
         std::memset(logits, 0, static_cast<size_t>(rows * TILE) * 4);
         add_logits(keys, first, count, full, of_keys);
         if (call.key_scales.of_tokens) multiply(call.key_scales, first, count, some);  // codes alone: what extends a key is none
         if (call.extension_dim) {
-            const Tile more = take(call.extension, 0, call.extension_dim, extension_dim, first, count, full, some, extension, order_of_extension, of_others);
+            const Tile more = take(call.extension, 0, call.extension_dim, extension_dim, first, count, full, some, extension, of_extension);
             const Factors<Number> extended{extension_query, more.data, extension_dim, more.stride};
-            Products::logits({extended, {}}, rows, full, logits, products, of_others);
+            Products::logits({extended, {}}, rows, full, logits, products, of_extension);
+            of_extension.end();
         }
         weigh(first, count, some, part, stride, of_keys);
-        const Tile summed = call.shares_value ? keys : take(call.value, head, call.value_dim, value_dim, first, count, full, some, values, order_of_values, of_values);
+        const Tile summed = call.shares_value ? keys : take(call.value, head, call.value_dim, value_dim, first, count, full, some, values, of_values);
         Products::sums(logits, rows, value_dim, summed.data, summed.stride, full, part.values, stride, products, call.shares_value ? of_keys : of_values);
-        of_keys.go(TILE * raw_dim);
-        of_values.go(TILE * value_dim);
+        of_keys.end();
+        of_values.end();
     }
 
     void add_logits(const Tile& keys, int64_t first, int64_t count, int64_t full, Ahead& ahead) {
@@ -442,7 +449,7 @@ struct Attention {
                 part.greatest[r] = now;
             }
             part.total[r] += sum(total);
-            ahead.go(TILE / rows);
+            ahead.go(12 * count / W);
         }
         if (call.value_scales.of_tokens) multiply(call.value_scales, first, count, some);
     }

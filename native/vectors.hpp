@@ -110,15 +110,39 @@ inline Floats tanh(Floats x) {
 inline void ask_now(const void* p) { __builtin_prefetch(p, 0, 3); }
 inline void ask_soon(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Lines of the next tile, asked for a few at a time in between other work: asked for all at once they would hold it up.
-struct Ahead {
-    const char* tile = nullptr;
-    const int32_t *next = nullptr, *last = nullptr;  // places of lines in the tile
+// Lines of the next tile, asked for a few at a time in between other work. A core waits for few lines at once: while they are many it can hardly read what lies in the
+// second level of its caches. So lines are spread over the work, by what the tile before took.
+class Ahead {
+   public:
+    // `places` of `lines` lines in a tile, in the order in which they are to be asked for.
+    Ahead() = default;
+    Ahead(const int32_t* places, int64_t lines) : places_(places), lines_(lines), next_(lines), lines_of_cycle_((1 << SHIFT) / 8) {}
 
-    void go(int64_t lines) {
-        const int32_t* to = last - next < lines ? last : next + lines;
-        for (; next < to; ++next) ask_soon(tile + *next);
+    void begin(const char* tile) { tile_ = tile, next_ = 0, cycles_ = 0; }
+
+    // Work was done that took about so many cycles.
+    void go(int64_t cycles) {
+        cycles_ += cycles;
+        ask_until(cycles_ * lines_of_cycle_ >> SHIFT);
     }
+
+    // The tile before it is done with.
+    void end() {
+        ask_until(lines_);
+        if (cycles_) lines_of_cycle_ = (lines_ << SHIFT) / cycles_ + 1;
+    }
+
+   private:
+    static constexpr int SHIFT = 16;
+
+    void ask_until(int64_t line) {
+        const int64_t last = line < lines_ ? line : lines_;
+        for (; next_ < last; ++next_) ask_soon(tile_ + places_[next_]);
+    }
+
+    const char* tile_ = nullptr;
+    const int32_t* places_ = nullptr;
+    int64_t lines_ = 0, next_ = 0, cycles_ = 0, lines_of_cycle_ = 0;
 };
 
 // W numbers as they are stored, as floats; the words that all processors understand say it too, but GCC 12 makes slow code of them.
