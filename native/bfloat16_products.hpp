@@ -51,10 +51,10 @@ inline __m512i both_of(__m512 even, __m512 odd) {
     return _mm512_mask_shuffle_epi8(_mm512_castps_si512(odd), 0x3333333333333333, _mm512_castps_si512(even), high_half_to_low);
 }
 
-// Keys turn 32 pairs at a time, those of even places and those of odd ones: a vector of numbers of bfloat16 is widened so by two cheap instructions. What has turned
-// lies in pairs. The products are ones of floats: two of bfloat16 at a time cost more.
+// Keys of bfloat16, or codes, turn 32 pairs at a time, those of even places and those of odd ones: a vector of numbers is widened so by few cheap instructions. What has
+// turned is bfloat16 and lies in pairs. The products are ones of floats: two of bfloat16 at a time cost more.
 struct WovenTurns {
-    static constexpr bool TURNS = true;
+    using Turned = uint16_t;
     static constexpr int PAIRS = 16;  // a row of turned numbers has a whole number of these
     // To cut off costs less than to round, but makes numbers smaller: m 2^e, 1 <= m < 2, by 2^(e - 8) in the mean, the 2^-8 / m th part of it, which is 2^-8 / (2 ln 2)
     // in the mean where ln m is spread evenly, as it is in products. They are made larger by so much before. A number that has 8 bits stays what it was.
@@ -73,28 +73,29 @@ struct WovenTurns {
     }
 
     // `count` keys turned: key middle + k by row k, (a, b) -> (a cos - b sin, a sin + b cos), and key middle - k back by row k, so a row is read for two keys.
-    static void turn(const Turning<uint16_t>& turning, int64_t middle, int64_t count, uint16_t* to, Ahead& ahead) {
+    template <class Stored>
+    static void turn(const Turning<Stored>& turning, int64_t middle, int64_t count, uint16_t* to, Ahead& ahead) {
         turning.scale ? turn_keys<true>(turning, middle, count, to, ahead) : turn_keys<false>(turning, middle, count, to, ahead);
     }
 
    private:
-    template <bool Scaled>
-    static void turn_keys(const Turning<uint16_t>& turning, int64_t middle, int64_t count, uint16_t* to, Ahead& ahead) {
+    template <bool Scaled, class Stored>
+    static void turn_keys(const Turning<Stored>& turning, int64_t middle, int64_t count, uint16_t* to, Ahead& ahead) {
         const auto [keys, stride, distance, pairs, turns, scale] = turning;
         const int64_t wide = up(pairs, PAIRS);
         for (int64_t k = 0; k <= middle; ++k) {
             ahead.go(pairs / 4);  // less than it takes: keys come from the second level meanwhile
             const bool is_forth = middle + k < count, is_back = k > 0;
-            const uint16_t *forth = keys + (middle + k) * stride, *back = keys + (middle - k) * stride;
+            const Stored *forth = keys + (middle + k) * stride, *back = keys + (middle - k) * stride;
             uint16_t *to_forth = to + (middle + k) * 2 * wide, *to_back = to + (middle - k) * 2 * wide;
             const float *cosine = turns + k * 2 * wide, *sine = cosine + wide;
             int64_t i = 0;
             for (; pairs - i > W; i += 2 * W) {
                 const Floats c[] = {load(cosine + i), load(cosine + i + W)}, s[] = {load(sine + i), load(sine + i + W)};
-                const auto turn_two = [&](const uint16_t* from, Floats s0, Floats s1, uint16_t* out) {
-                    const Ints x = numbers(from + i, pairs - i), y = numbers(from + distance + i, pairs - i);
-                    turn_one<Scaled>(floats(x << 16), floats(y << 16), c[0], s0, scale, i, wide, out + 2 * i);
-                    turn_one<Scaled>(floats(x & HIGH), floats(y & HIGH), c[1], s1, scale, i + W, wide, out + 2 * i + 2 * W);
+                const auto turn_two = [&](const Stored* from, Floats s0, Floats s1, uint16_t* out) {
+                    const Both x = evens_and_odds(from + i, pairs - i), y = evens_and_odds(from + distance + i, pairs - i);
+                    turn_one<Scaled>(x.a, y.a, c[0], s0, scale, i, wide, out + 2 * i);
+                    turn_one<Scaled>(x.b, y.b, c[1], s1, scale, i + W, wide, out + 2 * i + 2 * W);
                 };
                 if (is_forth) turn_two(forth, s[0], s[1], to_forth);
                 if (is_back) turn_two(back, -s[0], -s[1], to_back);
@@ -113,18 +114,25 @@ struct WovenTurns {
         _mm512_storeu_si512(to, both_of(x * c - y * s, x * s + y * c));
     }
 
-    static constexpr int32_t HIGH = static_cast<int32_t>(0xffff0000);
-
-    // The first `count` of 32 numbers; 0 in the other places.
-    static Ints numbers(const uint16_t* from, int64_t count) {
-        if (count >= 2 * W) return reinterpret_cast<Ints>(_mm512_loadu_si512(from));
-        return reinterpret_cast<Ints>(_mm512_maskz_loadu_epi16((1u << count) - 1, from));
+    // The first `count` of 32 numbers, those of even places and those of odd ones; 0 in the other places.
+    static Both evens_and_odds(const uint16_t* from, int64_t count) {
+        const Ints x = reinterpret_cast<Ints>(count >= 2 * W ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << count) - 1, from));
+        return {floats(x << 16), floats(x & static_cast<int32_t>(0xffff0000))};
+    }
+    static Both evens_and_odds(const int8_t* from, int64_t count) {
+        const __m256i codes = count >= 2 * W ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_maskz_loadu_epi8((1u << count) - 1, from);
+        const Ints x = reinterpret_cast<Ints>(_mm512_cvtepi8_epi16(codes));
+        return {__builtin_convertvector(x << 16 >> 16, Floats), __builtin_convertvector(x >> 16, Floats)};
     }
 
     // The first `count` of 16 numbers as floats; 0 in the other places.
     static Floats widen(const uint16_t* from, int64_t count) {
         if (count >= W) return ::widen(from);
         return floats(reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from))) << 16);
+    }
+    static Floats widen(const int8_t* from, int64_t count) {
+        if (count >= W) return ::widen(from);
+        return __builtin_convertvector(reinterpret_cast<Ints>(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), from))), Floats);
     }
 };
 
@@ -138,6 +146,7 @@ struct DotProducts : WovenTurns {
     static void put(uint16_t* to, Floats x) { put_narrow(to, x); }
     static void narrow(const float* from, uint16_t* to, int64_t count) { narrow_row(from, to, count); }
     static int64_t packed_numbers(int64_t rows, int64_t dim) { return rows * dim; }
+    static int64_t packed_turned_numbers(int64_t rows, int64_t dim) { return rows * dim; }
     static void pack(const float* query, int64_t rows, int64_t dim, uint16_t* to) { narrow_row(query, to, rows * dim); }
     template <class Turned>
     static void pack_turned(int64_t rows, int64_t wide, Turned turned, uint16_t* to) {
@@ -151,7 +160,7 @@ struct DotProducts : WovenTurns {
     static size_t scratch_bytes(int64_t rows, int64_t) { return static_cast<size_t>(rows * twofold::TILE * 2); }
 
     static void logits(const TwoFactors<uint16_t>& factors, int64_t rows, int64_t count, float* out, char*, Ahead& ahead) {
-        for (const Factors<uint16_t>& factor : factors)
+        for (const Factors<uint16_t>& factor : {factors.still, factors.turned})
             if (factor.dim) add_products(factor, rows, count, out, ahead);
     }
 
@@ -235,6 +244,7 @@ struct TileProducts : Tiles, WovenTurns {
     static void narrow(const float* from, uint16_t* to, int64_t count) { narrow_row(from, to, count); }
     static int64_t blocks(int64_t rows) { return (rows + SIDE - 1) / SIDE; }
     static int64_t packed_numbers(int64_t rows, int64_t dim) { return blocks(rows) * SIDE * dim; }
+    static int64_t packed_turned_numbers(int64_t rows, int64_t dim) { return packed_numbers(rows, dim); }
 
     // Right sides of a product: [blocks of 16 queries, dim / 32, 16 pairs of dimensions, 16 queries, 2], into memory that was 0.
     static void pack(const float* query, int64_t rows, int64_t dim, uint16_t* to) {
@@ -319,7 +329,7 @@ struct TileProducts : Tiles, WovenTurns {
         _tile_zero(1);
         if constexpr (Blocks == 4) _tile_zero(2);
         if constexpr (Blocks == 4) _tile_zero(3);
-        for (const auto& [query, all, dim, stride] : factors) {
+        for (const auto& [query, all, dim, stride] : {factors.still, factors.turned}) {
             const uint16_t* keys = all + key * stride;
             for (int64_t i = 0; i < dim; i += 32) {
                 _tile_loadd(6, query + (block * dim + i) * SIDE, 64);

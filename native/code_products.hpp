@@ -1,4 +1,4 @@
-// The two products of a tile of codes of eight bits, by AMX (16 x 64 x 16): codes are not widened, and sums of integers are exact.
+// The two products of a tile of codes of eight bits, by AMX (16 x 64 x 16): codes are not widened, but for those that turn, and sums of integers are exact.
 //
 // Queries and weights become integers of 16 bits, each row of them with a unit of its own, in two digits: a = unit * (256 high + low), |256 high + low| <= 32,639.
 // That is off by 1.5e-5 of the largest number of a row at most; bfloat16 is off by 3.9e-3 of each. A row that holds NaN or infinity has such a unit, and is NaN.
@@ -6,22 +6,19 @@
 
 #include <immintrin.h>
 
-#include "amx_tiles.hpp"
-#include "float_products.hpp"
+#include "bfloat16_products.hpp"
 
 namespace {
 
-struct CodeProducts : Tiles {
+struct CodeProducts : Tiles, WovenTurns {
     using Number = int8_t;
     static constexpr int STEP = 64;
-    static constexpr int KEYS = 16;
+    static constexpr int KEYS = TileProducts::KEYS;
     static constexpr int64_t ROWS = SIDE / 2, PIECE = SIDE * 64, BLOCKS = twofold::TILE / 64;  // rows in two digits that fill a tile; bytes of one; how many times 64 keys
 
-    static constexpr bool TURNS = false;  // a code that has turned is none
-    static constexpr int PAIRS = 1;
     static bool serves(const twofold::Call& call) {
         using twofold::Kind;
-        return call.key.kind == Kind::i8 && call.value.kind == Kind::i8 && call.table.pairs == 0 && call.extension_dim == 0;
+        return call.key.kind == Kind::i8 && call.value.kind == Kind::i8 && call.extension_dim == 0;
     }
 
     static int64_t blocks(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
@@ -50,9 +47,21 @@ struct CodeProducts : Tiles {
         return static_cast<size_t>(sums_of_logits + woven + weights + units);
     }
 
+    // A code that has turned is none: it is a number of bfloat16.
+    static int64_t packed_turned_numbers(int64_t rows, int64_t dim) { return TileProducts::packed_numbers(rows, dim); }
+    template <class Make>
+    static void pack_turned(int64_t rows, int64_t wide, Make make, uint16_t* to) {
+        TileProducts::pack_turned(rows, wide, make, to);
+    }
+
     // out[row * TILE + key] += query[row] . key
-    static void logits(const TwoFactors<int8_t>& factors, int64_t rows, int64_t count, float* out, char* scratch, Ahead& ahead) {
-        auto [query, keys, dim, stride] = factors[0];
+    static void logits(const TwoFactors<int8_t, uint16_t>& factors, int64_t rows, int64_t count, float* out, char* scratch, Ahead& ahead) {
+        if (factors.still.dim) add_products(factors.still, rows, count, out, scratch, ahead);
+        if (factors.turned.dim) TileProducts::logits({{}, factors.turned}, rows, count, out, scratch, ahead);
+    }
+
+    static void add_products(const Factors<int8_t>& factor, int64_t rows, int64_t count, float* out, char* scratch, Ahead& ahead) {
+        auto [query, keys, dim, stride] = factor;
         int32_t* found = reinterpret_cast<int32_t*>(scratch);  // [TILE, 16]
         for (int64_t first = 0; first < rows; first += ROWS, query += block_numbers(dim)) {
             int64_t key = 0;

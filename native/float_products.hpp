@@ -32,8 +32,11 @@ struct Factors {
     int64_t dim = 0, stride = 0;
 };
 // A logit is the sum of two such products: of the dimensions as they are, and of those that have turned.
-template <class Number>
-using TwoFactors = std::array<Factors<Number>, 2>;
+template <class Number, class Turned = Number>
+struct TwoFactors {
+    Factors<Number> still;
+    Factors<Turned> turned;
+};
 
 // Rows of keys of which dimension i turns with dimension i + distance; rows of cosines and sines by which they turn, and scales by which they are multiplied
 // before, or none, both arranged.
@@ -59,7 +62,8 @@ inline void by_rows(int64_t rows, Work work) {
 }
 
 struct FloatProducts {
-    using Number = float;
+    using Number = float;  // in which rows are multiplied as they lie
+    using Turned = float;  // and those that have turned
     static constexpr int STEP = W;  // a row is a whole number of these
     static constexpr int KEYS = 1;  // so is the number of keys
     static constexpr int ACCUMULATORS = W == 16 ? 16 : 8;
@@ -69,10 +73,10 @@ struct FloatProducts {
     static void put(float* to, Floats x) { store(to, x); }
     static void narrow(const float* from, float* to, int64_t count) { std::memcpy(to, from, static_cast<size_t>(count) * 4); }
     static int64_t packed_numbers(int64_t rows, int64_t dim) { return rows * dim; }
+    static int64_t packed_turned_numbers(int64_t rows, int64_t dim) { return rows * dim; }
     static void pack(const float* query, int64_t rows, int64_t dim, float* to) { narrow(query, to, rows * dim); }
     static size_t scratch_bytes(int64_t, int64_t) { return 0; }
 
-    static constexpr bool TURNS = true;
     static constexpr int PAIRS = W;            // a row of turned numbers has a whole number of these
     static constexpr float BEFORE_CUT = 1.0f;  // by which cosines and sines of keys are multiplied
 
@@ -115,7 +119,7 @@ struct FloatProducts {
 
     // out[row * TILE + key] += query[row] . key
     static void logits(const TwoFactors<float>& factors, int64_t rows, int64_t count, float* out, char*, Ahead& ahead) {
-        for (const Factors<float>& factor : factors)
+        for (const Factors<float>& factor : {factors.still, factors.turned})
             if (factor.dim) add_products(factor, rows, count, out, ahead);
     }
 

@@ -100,6 +100,7 @@ class Order {
 template <class Products>
 struct Attention {
     using Number = typename Products::Number;
+    using Turned = typename Products::Turned;
     static constexpr Kind OWN = sizeof(Number) == 4 ? Kind::f32 : sizeof(Number) == 2 ? Kind::bf16 : Kind::i8;
 
     const Call& call;
@@ -109,7 +110,8 @@ struct Attention {
     const bool does_turn, has_still;
     Shelf shelf;
     Kept* kept;
-    Number *still_query, *turned_query, *extension_query, *raw, *values, *turned, *extension;
+    Number *still_query, *extension_query, *raw, *values, *extension;
+    Turned *turned_query, *turned;
     float *turning, *made, *scale, *turning_scale, *turns, *turn_of_strip, *turn_of_queries, *row, *logits;
     int64_t token_of_queries = -TILE - 1, turned_on = 0;  // none yet
     View view;
@@ -121,13 +123,13 @@ struct Attention {
 
     // A tile that the first level of caches does not hold, beside what has turned, would come from the second one twice.
     static int64_t tokens_of_tile(const Call& call, int64_t dim, int64_t turned_dim) {
-        const int64_t size = static_cast<int64_t>(sizeof(Number)), most = dim * size > 512 ? TILE / 4 : dim * size > 128 || turned_dim * size > 64 ? TILE / 2 : TILE;
+        const int64_t size = static_cast<int64_t>(sizeof(Number)), most = dim * size > 512 ? TILE / 4 : dim * size > 128 || turned_dim * static_cast<int64_t>(sizeof(Turned)) > 64 ? TILE / 2 : TILE;
         return call.pages && call.page_tokens < most ? call.page_tokens : most;
     }
 
     // What has turned, and the rows by which, are to stay in the first level of caches beside the tile.
     static int64_t tokens_of_strip(int64_t tokens, int64_t dim) {
-        const int64_t most = dim * static_cast<int64_t>(sizeof(Number)) > 128 ? TILE / 4 : TILE / 2;
+        const int64_t most = dim * static_cast<int64_t>(sizeof(Turned)) > 128 ? TILE / 4 : TILE / 2;
         return tokens < most ? tokens : most;
     }
 
@@ -139,11 +141,11 @@ struct Attention {
           has_still(2 * c.table.pairs < c.key_dim), shelf{memory} {
         kept = shelf.take<Kept>(1);
         still_query = shelf.take<Number>(Products::packed_numbers(rows, key_dim));
-        turned_query = shelf.take<Number>(Products::packed_numbers(rows, turned_dim));
+        turned_query = shelf.take<Turned>(Products::packed_turned_numbers(rows, turned_dim));
         extension_query = shelf.take<Number>(Products::packed_numbers(rows, extension_dim));
         raw = shelf.take<Number>(TILE * raw_dim);
         values = shelf.take<Number>(c.shares_value ? 0 : TILE * value_dim);
-        turned = shelf.take<Number>(up(strip_tokens, Products::KEYS) * turned_dim);
+        turned = shelf.take<Turned>(up(strip_tokens, Products::KEYS) * turned_dim);
         extension = shelf.take<Number>(TILE * extension_dim);
         turning = shelf.take<float>(rows * turned_dim);
         made = shelf.take<float>(rows * (key_dim + extension_dim));
@@ -219,15 +221,14 @@ struct Attention {
             for (int64_t i = 0; i < call.key_dim; ++i) to[i] = query[i] * scale[i];
             for (int64_t i = 0; i < table.pairs; ++i) to[i] = to[table.distance + i] = 0.0f;
         });
-        if constexpr (Products::TURNS)
-            if (does_turn) pack_turned_queries();
+        if (does_turn) pack_turned_queries();
     }
 
     void pack_turned_queries() {
         const Table& table = call.table;
         for (int64_t r = 0; r < rows; ++r) arrange(query_of(r), query_of(r) + table.distance, turning + r * turned_dim);
         arrange(scale, scale + table.distance, turning_scale);
-        std::memset(turned_query, 0, static_cast<size_t>(Products::packed_numbers(rows, turned_dim)) * sizeof(Number));
+        std::memset(turned_query, 0, static_cast<size_t>(Products::packed_turned_numbers(rows, turned_dim)) * sizeof(Turned));
         if (table.is_steady) return make_relative();
         Products::pack_turned(rows, turned_dim / 2, [&](int64_t r, int64_t i) { return pairs_to_turn(r, i); }, turned_query);
     }
@@ -378,7 +379,7 @@ struct Attention {
             Products::turn(turning, 0, 1, turned + k * turned_dim, ahead);
             turning.keys += keys.stride;
         }
-        std::memset(turned + count * turned_dim, 0, static_cast<size_t>((full - count) * turned_dim) * sizeof(Number));
+        std::memset(turned + count * turned_dim, 0, static_cast<size_t>((full - count) * turned_dim) * sizeof(Turned));
     }
 
     void look_at(int64_t first, int64_t count, bool some, Part part, int64_t stride) {
@@ -401,20 +402,16 @@ struct Attention {
     }
 
     void add_logits(const Tile& keys, int64_t first, int64_t count, int64_t full, Ahead& ahead) {
-        const Factors<Number> still{still_query, keys.data, has_still ? key_dim : 0, keys.stride};
-        if constexpr (Products::TURNS) {
-            if (does_turn) {
-                for (int64_t at = 0; at < count; at += strip_tokens) {
-                    const int64_t now = count - at < strip_tokens ? count - at : strip_tokens, filled = up(now, Products::KEYS);
-                    const Tile strip{keys.data + at * keys.stride, keys.stride};
-                    if (call.table.is_steady) turn_queries_back(first + at + now / 2);
-                    turn(strip, first + at, now / 2, now, filled, ahead);
-                    Products::logits({Factors<Number>{still.query, strip.data, still.dim, still.stride}, {turned_query, turned, turned_dim, turned_dim}}, rows, filled, logits + at, products, ahead);
-                }
-                return;
-            }
+        Factors<Number> still{still_query, keys.data, has_still ? key_dim : 0, keys.stride};
+        if (!does_turn) return Products::logits({still, {}}, rows, full, logits, products, ahead);
+        for (int64_t at = 0; at < count; at += strip_tokens) {
+            const int64_t now = count - at < strip_tokens ? count - at : strip_tokens, filled = up(now, Products::KEYS);
+            const Tile strip{keys.data + at * keys.stride, keys.stride};
+            if (call.table.is_steady) turn_queries_back(first + at + now / 2);
+            turn(strip, first + at, now / 2, now, filled, ahead);
+            still.keys = strip.data;
+            Products::logits({still, {turned_query, turned, turned_dim, turned_dim}}, rows, filled, logits + at, products, ahead);
         }
-        Products::logits({still, {}}, rows, full, logits, products, ahead);
     }
 
     // Logits become exp(logit - greatest), 0 where nothing is seen; what was summed before is scaled to the new greatest one.
