@@ -48,10 +48,8 @@ std::vector<const Level*> found_levels() {
 }
 
 #if defined(__x86_64__)
-bool is_of_tiles(const Level* level) { return level == &AMX_BF16; }
-bool is_of_bfloat16(const Level* level) { return level == &AVX512_BF16 || is_of_tiles(level); }
+bool is_of_bfloat16(const Level* level) { return level == &AVX512_BF16 || level == &AMX_BF16; }
 #else
-bool is_of_tiles(const Level*) { return false; }
 bool is_of_bfloat16(const Level*) { return false; }
 #endif
 
@@ -62,12 +60,11 @@ const std::vector<const Level*>& levels() {
     return found;
 }
 
-const Level& level_for(bool is_bfloat16, bool suits_tiles, const std::string& name) {
+const Level& level_for(bool is_bfloat16, const std::string& name) {
     const Level* best = nullptr;
     bool is_known = name.empty();
     for (const Level* level : levels()) {
-        const bool is_unsuited = is_of_tiles(level) && !suits_tiles && name.empty();
-        if ((is_bfloat16 || !is_of_bfloat16(level)) && !is_unsuited) best = level;
+        if (is_bfloat16 || !is_of_bfloat16(level)) best = level;
         if (name == level->name) {
             is_known = true;
             break;

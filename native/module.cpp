@@ -140,9 +140,7 @@ void attend(const Floats& query, const Result& output, const Tensor& key, const 
     }
     call.is_causal = is_causal, call.window = window, call.scale = scale, call.soft_cap = soft_cap;
     const bool narrow = query_is_bfloat16 && (call.key.kind == Kind::bf16 || call.key.kind == Kind::i8);
-    // Keys that turn are stored before tiles take them up: where many dimensions turn that is not worth it for one or two queries.
-    const bool suits_tiles = call.rows() > 2 || call.table.pairs <= 32;
-    const twofold::Level& chosen = twofold::level_for(narrow, suits_tiles, level);
+    const twofold::Level& chosen = twofold::level_for(narrow, level);
     nb::gil_scoped_release others_may_run;
     twofold::attention(call, chosen, threads);
 }
