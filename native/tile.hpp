@@ -279,7 +279,7 @@ struct Attention {
             }
             arrange(cosine, sine, to);
         };
-        for (int64_t k = 0; k <= strip_tokens / 2; ++k) {
+        for (int64_t k = 0; k <= strip_tokens / 2 && k < call.keys; ++k) {
             relative(k, turns + k * turned_dim);
             enlarge(turns + k * turned_dim);
         }
