@@ -27,7 +27,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 
@@ -105,8 +104,8 @@ def side_by_side(*tensors: Tensor) -> list[Tensor]:
         zip(copy.flatten().chunk(PIECES), tensor.flatten().chunk(PIECES), strict=True)
         for copy, tensor in zip(copies, tensors, strict=True)
     ]
-    for pieces in zip_longest(*pairs):
-        for copy, piece in filter(None, pieces):
+    for pieces in zip(*pairs, strict=True):
+        for copy, piece in pieces:
             copy.copy_(piece)
     return copies
 
@@ -115,9 +114,8 @@ def ours(shape: Shape) -> dict[str, Inputs]:
     """What the compiled kernel is given."""
     size = (shape.batch, shape.kv_heads, shape.tokens, shape.head_dim)
     stream = torch.randn(size).bfloat16()
-    by_token, by_channel = quantized(stream, dim=3), quantized(stream, dim=2)
-    value = torch.randn(size).bfloat16()
-    stream, value, *codes, token_scales = side_by_side(stream, value, by_token[0], by_channel[0], by_token[1])
+    coded = {name: quantized(stream, dim) for name, dim in (("tokens", 3), ("channels", 2))}
+    stream, value, *codes = side_by_side(stream, torch.randn(size).bfloat16(), *(codes for codes, _ in coded.values()))
     query = torch.randn(shape.batch, shape.kv_heads * shape.group, 1, shape.head_dim).bfloat16()
     one = Inputs(query=query, key=stream, value=stream, mask=Mask(causal=True), scale=shape.head_dim**-0.5)
     given = {
@@ -126,7 +124,7 @@ def ours(shape: Shape) -> dict[str, Inputs]:
         "turned": replace(one, key_rotation=rotation(shape, shape.head_dim // 2)),
         "turned in part": replace(one, key_rotation=rotation(shape, shape.head_dim // 8)),
     }
-    for name, key, scales in zip(("tokens", "channels"), codes, (token_scales, by_channel[1]), strict=True):
+    for (name, (_, scales)), key in zip(coded.items(), codes, strict=True):
         given[f"int8, scales of {name}"] = replace(one, key=key, value=key, key_scales=scales, value_scales=scales)
     return given
 

@@ -460,10 +460,9 @@ struct Attention {
         }
         const float* from = scales.of_tokens + batch * scales.batch_stride + head * scales.head_stride + token * scales.row_stride;
         alignas(64) float factors[TILE] = {};
-        if (scales.row_stride == 1) {
+        if (scales.row_stride == 1)
             std::memcpy(factors, from, static_cast<size_t>(count) * 4);
-            for (int64_t k = count; k < 2 * count; k += 16) ask_soon(from + k);  // those of the next tile, if it is not in another page
-        } else
+        else
             for (int64_t k = 0; k < count; ++k) factors[k] = from[k * scales.row_stride];
         for (int64_t k = 0; some && k < count; ++k)
             if (view.hidden[k]) factors[k] = 0;
