@@ -1,7 +1,6 @@
 // The two products of a tile, in floats: logits of queries and keys, and sums of values. Rows that are stored as anything else are widened before (tile.hpp).
 #pragma once
 
-#include <array>
 
 #include "call.hpp"
 #include "vectors.hpp"

@@ -270,7 +270,6 @@ struct Attention {
         float *first_cosine = row, *first_sine = row + call.table.pairs, *cosine = first_sine + call.table.pairs, *sine = cosine + call.table.pairs;
         table_row(0, first_cosine, first_sine);
         const auto relative = [&](int64_t token, float* to) {
-            if (token >= call.keys) return;
             table_row(token, cosine, sine);
             for (int64_t i = 0; i < call.table.pairs; ++i) {
                 const float c = cosine[i], s = sine[i], c0 = first_cosine[i], s0 = first_sine[i], square = c0 * c0 + s0 * s0;
@@ -283,7 +282,7 @@ struct Attention {
             relative(k, turns + k * turned_dim);
             enlarge(turns + k * turned_dim);
         }
-        relative(strip_tokens, turn_of_strip);
+        if (strip_tokens < call.keys) relative(strip_tokens, turn_of_strip);
         *kept = {call.serial, sequence};
     }
 

@@ -106,8 +106,7 @@ inline Floats tanh(Floats x) {
     return x != x ? x : result;
 }
 
-// Asks for the line of memory at p, which will be wanted at once, or soon. Where that is no memory of ours nothing happens.
-inline void ask_now(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Asks for the line of memory at p, which will be wanted soon. Where that is no memory of ours nothing happens.
 inline void ask_soon(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Lines of the next tile, asked for a few at a time in between other work. A core waits for few lines at once: while they are many it can hardly read what lies in the
