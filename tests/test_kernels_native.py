@@ -293,6 +293,22 @@ def test_keys_turn_far_into_a_text(level: str, head_dim: int):
     check(replace(inputs, key_rotation=rotation), level)
 
 
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairs", [0, 8, 32])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_codes_fill_tiles(level: str, dtype: torch.dtype, pairs: int, head_dim: int):
+    # A few keys have all the weight, wherever in a tile they lie; codes lie in a row, as caches hold them.
+    made = Draw(2)
+    query = 3 * made.normal(1, 8, 1, head_dim, dtype=dtype)
+    codes, scales = made.integers(-127, 128, 1, 2, 1000, head_dim).to(torch.int8), made.normal(1, 2, 1000, 1).abs() / 60
+    rotation = made.rotation(1000, head_dim, pairs, is_steady=True, dtype=dtype) if pairs else None
+    inputs = Inputs(
+        query=query, key=codes, value=codes, mask=Mask(causal=True), scale=head_dim**-0.5, key_rotation=rotation
+    )
+    check(replace(inputs, key_scales=scales, value_scales=scales), level)
+
+
 @pytest.mark.parametrize("keys", [70, 5000, 40_000])
 def test_other_texts_change_no_bit(keys: int):
     inputs = small(keys=keys)
